@@ -1,0 +1,675 @@
+"""Train a small GPT for five minutes and print its validation bits per byte. The agent edits this file.
+
+    uv run train.py > run.log 2>&1
+
+Dimensions: B rows, T time, C model, H heads, D head_dim, V vocabulary, N = B*T tokens.
+"""
+
+import time
+
+START = time.perf_counter()  # before torch is imported, so that total_seconds has everything
+
+import contextlib
+import ctypes
+import functools
+import gc
+import math
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.optim.adamw import adamw
+
+import prepare
+from prepare import EVAL_TOKENS, MAX_SEQ_LEN, PROFILE, TIME_BUDGET, VOCAB_SIZE, Tokenizer, YardstickError
+from prepare import dataset_id, evaluate_bpb, make_dataloader, start_watchdog
+
+# ---------------------------------------------------------------------------
+# Hyperparameters: the values of the full profile (one CUDA GPU), then what smaller machines override
+
+# Model
+DEPTH = 8  # transformer blocks
+ASPECT_RATIO = 64  # model_dim = DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
+HEAD_DIM = 128  # channels of an attention head
+QUERIES_PER_KV = 1  # query heads that share a key/value head
+WINDOW_PATTERN = "SSSL"  # tiled over the layers: L full context, S half of it; the last layer is always L
+VE_GATE_CHANNELS = 32  # the value embeddings' gate sees so many channels of x
+SOFTCAP = 15  # logits lie in (-SOFTCAP, SOFTCAP)
+BIGRAM_ROWS = 0  # hashed table of embeddings of (previous token, token); 0 is none
+
+# Batch
+TOTAL_BATCH_SIZE = 2**19  # tokens per optimizer step
+DEVICE_BATCH_SIZE = 128  # rows per forward pass; lower it when out of memory, the total stays the same
+LOSS_CHUNK = 2**13  # tokens whose logits exist at the same time
+
+# Optimizer
+EMBEDDING_LR = 0.6  # token and value embeddings (Adam)
+UNEMBEDDING_LR = 0.004  # lm_head (Adam)
+MATRIX_LR = 0.04  # the matrices of the blocks (Muon)
+SCALAR_LR = 0.5  # x0_lambdas (Adam); resid_lambdas at 0.01 of it
+WEIGHT_DECAY = 0.2  # of Muon, falls to 0 over the run
+ADAM_BETAS = (0.8, 0.95)
+ADAM_EPS = 1e-10
+POLAR_STEPS = 5  # iterations of Muon's orthogonalisation
+
+# Schedule, as shares of the time budget
+WARMUP_RATIO = 0.0
+WARMDOWN_RATIO = 0.5
+FINAL_LR_FRAC = 0.0  # of the learning rate, at the end
+
+if PROFILE == "small":  # Apple MPS
+    DEPTH, TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE = 4, 2**14, 16
+if PROFILE == "tiny":  # CPU
+    DEPTH, HEAD_DIM, WINDOW_PATTERN = 4, 64, "L"
+    TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, LOSS_CHUNK = 2**12, 16, 2**10
+    POLAR_STEPS = 3
+
+# ---------------------------------------------------------------------------
+# Attention backends. q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D), causal; `window` keys to the
+# left plus the query itself are visible.
+
+
+def repeat_kv(q, *tensors):
+    """Repeat the heads of key/value tensors until there are as many as in q."""
+    return [t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in tensors]
+
+
+@functools.lru_cache
+def window_mask(T, window, device):
+    """(T, T) bool: whether the query in the row sees the key in the column."""
+    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
+    return (distance >= 0) & (distance <= window)
+
+
+def sdpa_attention(q, k, v, window):
+    """Runs anywhere. An explicit mask, because MPS has leaked future tokens with is_causal in bf16."""
+    k, v = repeat_kv(q, k, v)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+    mask = window_mask(q.size(2), window, q.device)
+    if q.device.type == "cpu":  # torch's own is half as fast there, because of its backward pass
+        scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5
+        y = scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return y.transpose(1, 2)
+
+
+def varlen_attention(q, k, v, window):
+    """FlashAttention as bundled with torch: any CUDA GPU with bf16."""
+    from torch.nn.attention.varlen import varlen_attn
+    B, T = q.shape[:2]
+    k, v = repeat_kv(q, k, v)
+    ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
+    window_size = (window if window < T - 1 else -1, 0)
+    return varlen_attn(*(t.flatten(0, 1) for t in (q, k, v)), ends, ends, T, T, window_size=window_size).view_as(q)
+
+
+def load_fa3():
+    """FlashAttention 3 from the Hub's kernels: the fastest on Hopper. Raises whatever goes wrong."""
+    from kernels import get_kernel
+    flash_attn_func = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+
+    def fa3_attention(q, k, v, window):
+        y = flash_attn_func(q, k, v, causal=True, window_size=(window if window < q.size(1) - 1 else -1, 0))
+        return y[0] if isinstance(y, tuple) else y
+
+    return fa3_attention
+
+
+def choose_attention(device):
+    """(name, function) of the fastest attention backend that runs on `device`."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        if torch.cuda.get_device_capability(device) in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)):
+            try:
+                return "fa3", load_fa3()
+            except Exception as error:  # no network, no build for this torch, another architecture, ...
+                print(f"fa3 is not available ({type(error).__name__}: {str(error).splitlines()[0][:100]}): using varlen")
+        return "varlen", varlen_attention
+    return "sdpa", sdpa_attention
+
+
+# ---------------------------------------------------------------------------
+# Model
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    seq_len: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    head_dim: int
+    windows: list  # keys to the left that each layer sees
+    dtype: torch.dtype  # of the activations
+    bigram_rows: int
+
+    @property
+    def model_dim(self):
+        return self.n_head * self.head_dim
+
+
+def layer_windows(pattern, n_layer, T):
+    """Window of each layer: the pattern tiled, L full context and S half of it, the last layer always L."""
+    if not pattern or set(pattern) - set("SL"):
+        raise SystemExit(f"WINDOW_PATTERN={pattern!r} must be made of S and L")
+    tiled = [pattern[i % len(pattern)] for i in range(n_layer - 1)] + ["L"]
+    return [T - 1 if kind == "L" else T // 2 for kind in tiled]
+
+
+def config_from_constants(dtype):
+    """The model that the hyperparameters above describe; SystemExit when they contradict each other."""
+    n_head = -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
+    if HEAD_DIM % 2:
+        raise SystemExit(f"HEAD_DIM={HEAD_DIM} must be even: RoPE turns pairs of channels")
+    if n_head % QUERIES_PER_KV:
+        raise SystemExit(f"QUERIES_PER_KV={QUERIES_PER_KV} must divide the {n_head} heads (DEPTH*ASPECT_RATIO/HEAD_DIM)")
+    return GPTConfig(VOCAB_SIZE, MAX_SEQ_LEN, DEPTH, n_head, n_head // QUERIES_PER_KV, HEAD_DIM,
+                     layer_windows(WINDOW_PATTERN, DEPTH, MAX_SEQ_LEN), dtype, BIGRAM_ROWS)
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def apply_rope(x, cos, sin):
+    """Rotate the channel pairs (i, i + D/2) of x (B, T, H, D) by their position's angles (T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+class Linear(nn.Linear):
+    """No bias; the float32 weight is used in the dtype of its input."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer, attend):
+        super().__init__()
+        self.config, self.window, self.attend = config, config.windows[layer], attend
+        C, kv_dim = config.model_dim, config.n_kv_head * config.head_dim
+        self.q, self.k, self.v = Linear(C, C), Linear(C, kv_dim), Linear(C, kv_dim)
+        self.proj = Linear(C, C)
+        self.ve_gate = Linear(min(VE_GATE_CHANNELS, C), config.n_kv_head) if has_ve(layer, config.n_layer) else None
+
+    def forward(self, x, ve, cos, sin):
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, -1, self.config.head_dim)  # (B, T, H, D)
+        k = self.k(x).view(B, T, -1, self.config.head_dim)  # (B, T, Hkv, D)
+        v = self.v(x).view(B, T, -1, self.config.head_dim)
+        if self.ve_gate is not None:
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :self.ve_gate.in_features]))  # (B, T, Hkv)
+            v = v + gate.unsqueeze(-1) * ve.view_as(v)
+        q, k = norm(apply_rope(q, cos, sin)), norm(apply_rope(k, cos, sin))
+        return self.proj(self.attend(q, k, v, self.window).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc, self.proj = Linear(config.model_dim, 4 * config.model_dim), Linear(4 * config.model_dim, config.model_dim)
+
+    def forward(self, x):
+        return self.proj(F.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer, attend):
+        super().__init__()
+        self.attn, self.mlp = Attention(config, layer, attend), MLP(config)
+
+    def forward(self, x, x0, ve, resid_lambda, x0_lambda, cos, sin):
+        x = resid_lambda * x + x0_lambda * x0
+        x = x + self.attn(norm(x), ve, cos, sin)
+        return x + self.mlp(norm(x))
+
+
+def has_ve(layer, n_layer):
+    """Value embeddings are on alternating layers, counted so that the last has one."""
+    return layer % 2 == (n_layer - 1) % 2
+
+
+def head_loss(x, weight, targets):
+    """Sum of the cross-entropies of targets (n,) given the trunk's output x (n, C), in float32."""
+    return F.cross_entropy(softcap(F.linear(x, weight.to(x.dtype)).float()), targets, reduction="sum")
+
+
+def softcap(logits):
+    return SOFTCAP * torch.tanh(logits / SOFTCAP)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Mean of loss_fn over tokens, chunk by chunk: gradients are taken in the forward pass, so that only
+    one chunk's logits ever exist (whole ones are 8.6 GB in float32 at 128 x 2048 x 8192)."""
+
+    @staticmethod
+    def forward(ctx, loss_fn, x, weight, targets):
+        total, dx, dweight = 0, torch.empty_like(x), torch.zeros_like(weight)
+        weight = weight.detach().requires_grad_()
+        for x_chunk, dx_chunk, target in zip(x.split(LOSS_CHUNK), dx.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
+            x_chunk = x_chunk.detach().requires_grad_()
+            with torch.enable_grad():
+                loss = loss_fn(x_chunk, weight, target)
+            grads = torch.autograd.grad(loss, (x_chunk, weight))
+            dx_chunk.copy_(grads[0])
+            dweight += grads[1]
+            total += loss.detach()
+        ctx.save_for_backward(dx.div_(len(x)), dweight.div_(len(x)))
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dweight = ctx.saved_tensors
+        return None, dx * grad.to(dx.dtype), dweight * grad, None
+
+
+class GPT(nn.Module):
+    """model(inputs) gives logits (B, T, V), model.loss(inputs, targets) the mean cross-entropy."""
+
+    def __init__(self, config, attend):
+        super().__init__()
+        self.config, self.head_loss = config, head_loss
+        C, V = config.model_dim, config.vocab_size
+        self.wte = nn.Embedding(V, C)
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, config.n_kv_head * config.head_dim)
+                                           for i in range(config.n_layer) if has_ve(i, config.n_layer)})
+        if config.bigram_rows:
+            self.bigram = nn.Embedding(config.bigram_rows, C)
+        self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
+        self.lm_head = Linear(C, V)
+        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        angles = torch.arange(config.seq_len)[:, None, None] * 10_000.0 ** -torch.linspace(0, 1, config.head_dim // 2 + 1)[:-1]
+        self.register_buffer("cos", angles.cos().to(config.dtype), persistent=False)  # (T, 1, D/2)
+        self.register_buffer("sin", angles.sin().to(config.dtype), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        bound = (3 / self.config.model_dim) ** 0.5  # of a uniform distribution with variance 1/C
+        for block in self.blocks:
+            for matrix in (block.attn.q, block.attn.k, block.attn.v, block.mlp.fc):
+                nn.init.uniform_(matrix.weight, -bound, bound)
+            for matrix in (block.attn.proj, block.mlp.proj, block.attn.ve_gate):
+                if matrix is not None:
+                    nn.init.zeros_(matrix.weight)
+        nn.init.normal_(self.wte.weight)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for table in self.value_embeds.values():
+            nn.init.uniform_(table.weight, -bound, bound)
+        if self.config.bigram_rows:
+            nn.init.zeros_(self.bigram.weight)
+        nn.init.ones_(self.resid_lambdas)
+        nn.init.constant_(self.x0_lambdas, 0.1)
+
+    def trunk(self, inputs):
+        """(B, T) ids -> (B, T, C), all but the head."""
+        T = inputs.size(1)
+        cos, sin = self.cos[:T], self.sin[:T]
+        x = self.wte(inputs)
+        if self.config.bigram_rows:
+            before = F.pad(inputs, (1, -1))
+            x = x + self.bigram((before * 36313 ^ inputs * 27191) % self.config.bigram_rows)
+        x = x0 = norm(x.to(self.config.dtype))
+        for i, block in enumerate(self.blocks):
+            ve = self.value_embeds[str(i)](inputs).to(x.dtype) if str(i) in self.value_embeds else None
+            x = block(x, x0, ve, self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype), cos, sin)
+        return norm(x)
+
+    def forward(self, inputs):
+        return softcap(self.lm_head(self.trunk(inputs)))
+
+    def loss(self, inputs, targets):
+        return ChunkedLoss.apply(self.head_loss, self.trunk(inputs).flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def compile(self):
+        """Compile block by block: layers of the same kind share their code."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.head_loss = torch.compile(head_loss, dynamic=False)
+
+
+def parameter_groups(model):
+    """{group: parameters}: the one partition behind the optimizer, the counts and the FLOPs."""
+    groups = {
+        "embedding": [model.wte.weight, *(table.weight for table in model.value_embeds.values())],
+        "bigram": [model.bigram.weight] if model.config.bigram_rows else [],
+        "lm_head": [model.lm_head.weight],
+        "matrix": list(model.blocks.parameters()),
+        "resid_lambdas": [model.resid_lambdas],
+        "x0_lambdas": [model.x0_lambdas],
+    }
+    ids = sorted(id(p) for group in groups.values() for p in group)
+    assert ids == sorted(map(id, model.parameters())), "every parameter must be in exactly one group"
+    return groups
+
+
+def flops_per_token(model):
+    """Training FLOPs: 6 per matmul parameter, 12 H D per visible key."""
+    groups, config = parameter_groups(model), model.config
+    matmul = sum(p.numel() for p in groups["matrix"] + groups["lm_head"])
+    return 6 * matmul + 12 * config.model_dim * sum(window + 1 for window in config.windows)
+
+
+# ---------------------------------------------------------------------------
+# Optimizer
+
+# Polar Express (Amsel et al. 2025): the (a, b, c) of each step
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalize(g, steps, dtype):
+    """Replace the singular values of matrices g (n, rows, cols) by about 1."""
+    x = g.to(dtype)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x  # products of the smaller side
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        A = x @ x.mT
+        x = a * x + (b * A + c * A @ A) @ x
+    return x.mT if tall else x
+
+
+def muon_update(p, g, momentum_buffer, second_moment, lr, weight_decay, momentum, beta2, steps, dtype):
+    """One Muon step on stacked matrices (n, rows, cols), in place; returns the new p.
+
+    Nesterov momentum, orthogonalisation, NorMuon (Li et al. 2025): the update is divided by a running
+    root mean square of each row (of each column where there are fewer rows than columns, whose rows are
+    all alike after orthogonalisation) and scaled back to its norm. Cautious decay: only where update
+    and weight have the same sign.
+    """
+    momentum_buffer.mul_(momentum).add_(g * (1 - momentum))
+    u = orthogonalize(momentum * momentum_buffer + (1 - momentum) * g, steps, dtype).float()
+    u_norm = u.norm(dim=(-2, -1), keepdim=True)
+    second_moment.lerp_(u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True), 1 - beta2)
+    u = u * second_moment.clamp_min(1e-10).rsqrt()
+    u = u * (u_norm / u.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
+    return p - lr * (u + weight_decay * p * (u * p >= 0))
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for groups with kind "muon", AdamW for those with kind "adamw"; all state exists from the start."""
+
+    def __init__(self, groups, dtype):
+        super().__init__(groups, {})
+        self.dtype, self.muon_update = dtype, muon_update
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["kind"] == "adamw":
+                    self.state[p] = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p),
+                                         step=torch.zeros((), device=p.device))
+            if group["kind"] == "muon":  # matrices of one shape, stacked
+                stack = torch.zeros(len(group["params"]), *group["params"][0].shape, device=group["params"][0].device)
+                rows = stack.size(-2) >= stack.size(-1)
+                self.state[group["params"][0]] = dict(momentum_buffer=stack,
+                                                      second_moment=torch.zeros_like(stack[..., :1] if rows else stack[:, :1]))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, state = group["params"], [self.state[p] for p in group["params"]]
+            if group["kind"] == "adamw":
+                adamw(params, [p.grad for p in params], [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state],
+                      [], [s["step"] for s in state], fused=True, amsgrad=False, maximize=False, lr=group["lr"],
+                      beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"])
+            else:
+                rows, cols = params[0].shape
+                scalar = functools.partial(torch.tensor, dtype=torch.float32)  # a tensor, so that no value is compiled in
+                new = self.muon_update(
+                    torch.stack(params), torch.stack([p.grad for p in params]), state[0]["momentum_buffer"],
+                    state[0]["second_moment"], scalar(group["lr"] * max(1, rows / cols) ** 0.5),
+                    scalar(group["weight_decay"]), scalar(group["momentum"]), group["beta2"], POLAR_STEPS, self.dtype)
+                torch._foreach_copy_(params, list(new.unbind()))
+
+    def tensors(self):
+        """All tensors of the state."""
+        return [tensor for state in self.state.values() for tensor in state.values()]
+
+
+def make_optimizer(model):
+    groups = parameter_groups(model)
+    adam_scale = (model.config.model_dim / 768) ** -0.5  # Adam's learning rates were tuned at 768
+    adam = dict(kind="adamw", betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0)
+    options = {
+        "embedding": adam | dict(lr=EMBEDDING_LR * adam_scale),
+        "bigram": adam | dict(lr=EMBEDDING_LR * adam_scale),
+        "lm_head": adam | dict(lr=UNEMBEDDING_LR * adam_scale),
+        "resid_lambdas": adam | dict(lr=SCALAR_LR * 0.01),
+        "x0_lambdas": adam | dict(lr=SCALAR_LR, betas=(0.96, 0.95)),
+        "matrix": dict(kind="muon", lr=MATRIX_LR, beta2=0.95, momentum=0.0, weight_decay=0.0),
+    }
+    split = []
+    for name, params in groups.items():
+        shapes = {p.shape if name == "matrix" else None for p in params}
+        for shape in sorted(shapes, key=str):
+            split.append(options[name] | dict(params=[p for p in params if shape in (None, p.shape)]))
+    for group in split:
+        group["initial_lr"] = group["lr"]
+    return MuonAdamW(split, model.config.dtype)
+
+
+# ---------------------------------------------------------------------------
+# Schedules
+
+
+def lr_multiplier(progress):
+    """Trapezoid over progress 0..1: up during WARMUP_RATIO, down to FINAL_LR_FRAC during WARMDOWN_RATIO."""
+    up = progress / WARMUP_RATIO if WARMUP_RATIO else 1.0
+    down = (1 - progress) / WARMDOWN_RATIO if WARMDOWN_RATIO else 1.0
+    return min(1.0, up, FINAL_LR_FRAC + (1 - FINAL_LR_FRAC) * max(0.0, down))
+
+
+def muon_momentum(step):
+    """0.85 at first, 0.95 from step 300 on."""
+    return 0.85 + 0.10 * min(step / 300, 1)
+
+
+def set_schedules(optimizer, progress, step):
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * lr_multiplier(progress)
+        if group["kind"] == "muon":
+            group["momentum"] = muon_momentum(step)
+            group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
+
+
+# ---------------------------------------------------------------------------
+# The run
+
+PEAK_FLOPS = {  # dense bf16, by a part of the GPU's name
+    "H100 PCIe": 756e12, "H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12,
+    "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 210e12,
+}
+
+
+def peak_flops(device_name):
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0.0)
+
+
+def choose_device():
+    """(device, its name, the dtype of activations): bf16 where the hardware multiplies it, else float32."""
+    if PROFILE == "full" and torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.device("cuda"), torch.cuda.get_device_name(), torch.bfloat16 if bf16 else torch.float32
+    if PROFILE == "small" and torch.backends.mps.is_available():
+        return torch.device("mps"), "Apple MPS", torch.float32
+    bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.device("cpu"), f"CPU x{torch.get_num_threads()}", torch.bfloat16 if bf16 else torch.float32
+
+
+def keep_freed_memory():
+    """Let glibc keep what is freed: mapping every large tensor anew costs more than the work on it."""
+    with contextlib.suppress(OSError, AttributeError):  # no glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 2**28)  # M_TOP_PAD
+
+
+def can_compile(device):
+    """Whether torch.compile works here: it needs a C++ compiler on a CPU and triton on a GPU."""
+    if device.type == "mps" or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        return False
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(64, device=device))
+        return True
+    except (RuntimeError, ImportError, OSError) as error:
+        print(f"torch.compile does not work here ({str(error).splitlines()[0][:100]}): running eagerly, slower")
+        return False
+
+
+def train_step(model, optimizer, batch, next_batch, grad_accum_steps):
+    """One optimizer step from `batch`; returns (its mean loss as a tensor, the batch of the next step)."""
+    total = 0
+    for _ in range(grad_accum_steps):
+        loss = model.loss(*batch[:2])
+        total += loss.detach()
+        (loss / grad_accum_steps).backward()
+        batch = next_batch()  # while the GPU computes
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return total / grad_accum_steps, batch
+
+
+def warm_up(model, optimizer, shape, device):
+    """Compile and allocate everything with one step on random tokens, then undo what it did."""
+    tensors = [*model.parameters(), *optimizer.tensors()]
+    saved = [tensor.detach().clone() for tensor in tensors]
+    tokens = torch.randint(VOCAB_SIZE, (2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+    set_schedules(optimizer, 0.0, 0)
+    loss, _ = train_step(model, optimizer, tokens, lambda: tokens, 1)
+    with torch.no_grad():
+        for tensor, value in zip(tensors, saved):
+            tensor.copy_(value)
+    return loss.item()  # waits for the device
+
+
+def synchronize(device):
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def peak_memory_mb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main():
+    """One experiment; prints the summary and returns it as a dict."""
+    start_watchdog()
+    device, device_name, dtype = choose_device()
+    seed = int(os.environ.get("SEED", 42))
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":
+        keep_freed_memory()
+    if TOTAL_BATCH_SIZE % (DEVICE_BATCH_SIZE * MAX_SEQ_LEN):
+        raise SystemExit(f"TOTAL_BATCH_SIZE={TOTAL_BATCH_SIZE} must be a multiple of DEVICE_BATCH_SIZE * MAX_SEQ_LEN = "
+                         f"{DEVICE_BATCH_SIZE * MAX_SEQ_LEN}")
+    grad_accum_steps = TOTAL_BATCH_SIZE // (DEVICE_BATCH_SIZE * MAX_SEQ_LEN)
+
+    tokenizer = Tokenizer.from_directory()
+    loader = make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN, "train", device)
+    attention, attend = choose_attention(device)
+    model = GPT(config_from_constants(dtype), attend).to(device)
+    if device.type == "cuda":
+        for table in (model.wte, *model.value_embeds.values()):
+            table.to(torch.bfloat16)  # gradients and Adam's state too: half the traffic
+    optimizer = make_optimizer(model)
+    num_params = sum(p.numel() for p in model.parameters())
+    flops, peak = flops_per_token(model), peak_flops(device_name)
+    print(f"{device_name} | {attention} | {PROFILE} | {dataset_id()} | {num_params / 1e6:.1f} M parameters", flush=True)
+
+    if can_compile(device):
+        model.compile()
+        optimizer.muon_update = torch.compile(muon_update, dynamic=False)
+    warm_up(model, optimizer, (DEVICE_BATCH_SIZE, MAX_SEQ_LEN), device)
+    batch = next(loader)
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # a collection in mid-run stalls the queue of a GPU
+    print(f"ready to train after {time.perf_counter() - START:.1f} s", flush=True)
+
+    step, elapsed, smooth, shown, pending = 0, 0.0, 0.0, -math.inf, None
+    begin = time.perf_counter()
+    while elapsed < TIME_BUDGET:
+        set_schedules(optimizer, elapsed / TIME_BUDGET, step)
+        loss, batch = train_step(model, optimizer, batch, lambda: next(loader), grad_accum_steps)
+        pending, loss = loss, pending if step else loss  # read one step late: the GPU never waits for Python
+        loss = loss.item()
+        if not loss <= 100:
+            raise SystemExit(f"FAIL: loss is {loss} at step {max(0, step - 1)}")
+        step += 1
+        elapsed = time.perf_counter() - begin
+        smooth = 0.9 * smooth + 0.1 * loss
+        if sys.stdout.isatty() or elapsed - shown >= TIME_BUDGET / 50:
+            shown = elapsed
+            rate = step * TOTAL_BATCH_SIZE / elapsed
+            line = (f"step {step:5} | {100 * elapsed / TIME_BUDGET:5.1f} % | loss {smooth / (1 - 0.9**step):.4f} | "
+                    f"{rate:,.0f} tok/s | mfu {100 * rate * flops / peak if peak else 0:.1f} % | epoch {batch[2]} | "
+                    f"{max(0, TIME_BUDGET - elapsed):.0f} s left")
+            print(f"\r{line:<100}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
+    loss = pending.item()
+    synchronize(device)
+    training_seconds = time.perf_counter() - begin
+    if not loss <= 100:
+        raise SystemExit(f"FAIL: loss is {loss} at step {step - 1}")
+    if sys.stdout.isatty():
+        print()
+    gc.enable()
+
+    torch.save(model.state_dict(), "model.pt")
+    model.zero_grad(set_to_none=True)
+    eval_batch_size = max(1, 2**15 // MAX_SEQ_LEN)
+    val_bpb = evaluate_bpb(model, tokenizer, eval_batch_size)
+    tokens = step * TOTAL_BATCH_SIZE
+    summary = {
+        "val_bpb": f"{val_bpb:.6f}",
+        "training_seconds": f"{training_seconds:.1f}",
+        "total_seconds": f"{time.perf_counter() - START:.1f}",
+        "peak_vram_mb": f"{peak_memory_mb(device):.1f}",
+        "mfu_percent": f"{100 * tokens * flops / training_seconds / peak if peak else 0:.2f}",
+        "total_tokens_M": f"{tokens / 1e6:.1f}",
+        "num_steps": step,
+        "num_params_M": f"{num_params / 1e6:.1f}",
+        "depth": DEPTH,
+        "seed": seed,
+        "device": device_name,
+        "attention": attention,
+        "profile": PROFILE,
+        "dataset": dataset_id(),
+    }
+    if os.environ.get("AUTORESEARCH_HOLDOUT") == "1":
+        summary["holdout_bpb"] = f"{evaluate_bpb(model, tokenizer, eval_batch_size, 'holdout'):.6f}"
+    print("---")
+    for key, value in summary.items():
+        print(f"{key + ':':<17} {value}")
+    return summary
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except YardstickError as error:
+        raise SystemExit(f"FAIL: {error}") from None
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and what the CPU and MPS raise
+        if "out of memory" not in str(error).lower() and "allocate memory" not in str(error):
+            raise
+        raise SystemExit(f"FAIL: out of memory with DEVICE_BATCH_SIZE={DEVICE_BATCH_SIZE}: halve it, "
+                         "TOTAL_BATCH_SIZE stays the same") from None
