@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import os
-import random
 import shutil
 import sys
 import sysconfig
@@ -197,141 +196,135 @@ def documents(num_shards):
 
 
 class Progress:
-    """A progress line: rewritten in place on a terminal, printed at most every 10 seconds into a file."""
+    """A progress line: rewritten in place on a terminal; in a file after 10, 16, 26, ... seconds, 20 lines a day."""
 
     def __init__(self):
-        self.start = self.last = time.monotonic()
+        self.start = time.monotonic()
+        self.next = 10
 
     def show(self, line, end=False):
-        now = time.monotonic()
+        seconds = time.monotonic() - self.start
         if sys.stdout.isatty():
             print(f"\r{line:<78}", end="\n" if end else "", flush=True)
-        elif end or now - self.last >= 10:
-            self.last = now
+        elif end or seconds >= self.next:
+            self.next = 1.6 * seconds
             print(line, flush=True)
 
 
 # ---------------------------------------------------------------------------
 # Download
 
-DOWNLOAD_ATTEMPTS = 6  # of one file, with waits of 1, 2, 4, 8, 16 seconds between them
-CHUNK_BYTES = 2**20
+DOWNLOAD_WAITS = (1, 2, 4, 8, 16)  # seconds between the attempts at one file
+DOWNLOAD_TIMEOUT = 10  # seconds without a byte; also the longest that Ctrl-C may take
+MAX_RETRY_AFTER = 300  # seconds
+CHUNK_BYTES = 2**16  # the most that a cut connection loses
 
 
-class DownloadError(Exception):
-    """One line that says which file failed and why."""
+def verify_parquet(path):
+    """Decode a whole downloaded file; one that is not a parquet file of text is deleted and raises ValueError."""
+    try:
+        if not sum(1 for _ in read_parquet(path)):
+            raise ValueError("it has no text")
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        path.unlink()
+        raise ValueError(f"not a parquet file of text ({str(error).splitlines()[0]})") from None
 
 
 class Downloader:
     """Fetches files of a Hugging Face dataset repo into `folder`, several at a time.
 
     A file is first `<name>.part`, which a later attempt or a later run continues by Range, and gets
-    its name only when its length is the announced one and every row group of it reads as text.
+    its name only when every row group of it reads as text.
     """
 
     def __init__(self, repo, folder):
         endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        self.base = f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/main"
-        self.host = urllib.parse.urlsplit(endpoint).netloc
+        self.url = f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/main/"
+        self.remedies = dict.fromkeys((401, 403), f"set HF_TOKEN to a token that may read {repo}")
+        self.remedies[404] = f"check that HF_ENDPOINT has {repo}"
         self.folder = folder
         self.stop = threading.Event()  # set on the first failure and on Ctrl-C
-        self.sizes, self.received, self.done = {}, collections.Counter(), 0
+        self.sizes, self.have, self.received = {}, collections.Counter(), collections.Counter()  # bytes by name
 
     def fetch_all(self, names, workers):
-        """Download every file of `names` that is missing; SystemExit with one line if any of them fails."""
-        missing = [name for name in names if not (self.folder / name).exists()]
-        if not missing:
-            return
+        """Have every file of `names` complete and verified; SystemExit with one line if any of them fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        progress, failed = Progress(), None
-        with concurrent.futures.ThreadPoolExecutor(max(1, workers)) as pool:
-            waiting = {pool.submit(self.fetch, name) for name in missing}
+        with FileLock(f"{self.folder}.lock"), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            progress, done = Progress(), 0
+            waiting = files = [pool.submit(self.fetch, name) for name in names]
             try:
-                while waiting and not failed:
-                    finished, waiting = concurrent.futures.wait(waiting, timeout=0.5)
-                    self.done += len(finished)
-                    failed = next((future.exception() for future in finished if future.exception()), None)
-                    progress.show(self.describe(len(missing), time.monotonic() - progress.start),
-                                  end=not waiting and not failed)
+                while waiting:
+                    finished, waiting = concurrent.futures.wait(files, 0.5, concurrent.futures.FIRST_EXCEPTION)
+                    done = sum(not file.exception() for file in finished)
+                    progress.show(self.describe(done, len(names), time.monotonic() - progress.start))
+                    for file in finished:
+                        file.result()  # raises what fetch() raised
             finally:
                 self.stop.set()
                 pool.shutdown(cancel_futures=True)
-        if failed:
-            raise SystemExit(f"download failed: {failed}")
+                progress.show(self.describe(done, len(names), time.monotonic() - progress.start), end=True)
 
-    def describe(self, files, seconds):
-        received, known = sum(self.received.values()), sum(self.sizes.values())
-        total = known / len(self.sizes) * files if self.sizes else 0  # files not begun count as the mean
-        rate = received / seconds if seconds else 0
-        left = max(0, total - received) / rate if rate else 0
-        return (f"downloaded {self.done}/{files} files | {received / 1e6:,.0f}/{total / 1e6:,.0f} MB | "
-                f"{rate / 1e6:.1f} MB/s | {left // 60:.0f}:{left % 60:02.0f} left")
+    def describe(self, done, files, seconds):
+        have, known = sum(self.have.values()), sum(self.sizes.values())
+        total = known / max(1, len(self.sizes)) * files  # files not begun count as the mean
+        rate = sum(self.received.values()) / max(seconds, 1e-3)
+        left = "{}:{:02}".format(*divmod(round(max(0, total - have) / rate), 60)) if rate else "?"
+        return f"downloaded {done}/{files} files | {have / 1e6:,.0f}/{total / 1e6:,.0f} MB | {rate / 1e6:.1f} MB/s | {left} left"
 
     def fetch(self, name):
-        """Download one file, retrying what may pass; raises DownloadError with what to do about the rest."""
-        wait, problem = 1, ""
-        for attempt in range(DOWNLOAD_ATTEMPTS):
-            if attempt and self.stop.wait(wait * (1 + random.random() / 4)):
-                break
-            wait = 2**attempt
+        """Have one file complete and verified, or raise SystemExit with what to do."""
+        path, part, bad = self.folder / name, self.folder / f"{name}.part", 0
+        if path.exists():
+            self.sizes[name] = self.have[name] = path.stat().st_size
+            with contextlib.suppress(ValueError):  # damaged since: fetch it again
+                return verify_parquet(path)
+        for wait in (*DOWNLOAD_WAITS, None):
+            remedy = None
             try:
-                self.attempt(name)
-                return
+                self.receive(name, part)
+                verify_parquet(part)
+                return os.replace(part, path)
             except requests.HTTPError as error:
-                status = error.response.status_code
-                problem = f"HTTP {status} from {urllib.parse.urlsplit(error.response.url).netloc}"
-                if status in (401, 403):
-                    raise DownloadError(f"{name}: {problem}: set HF_TOKEN to a token that may read it") from None
-                if status == 404:
-                    raise DownloadError(f"{name}: {problem}: not in {self.base}; check HF_ENDPOINT") from None
-                retry_after = error.response.headers.get("Retry-After", "")
-                wait = min(int(retry_after), 300) if retry_after.isdigit() else wait
+                status, retry_after = error.response.status_code, error.response.headers.get("Retry-After", "")
+                problem = f"HTTP {status} from {urllib.parse.urlsplit(error.response.url).hostname}"
+                remedy = self.remedies.get(status)
+                if wait is not None and retry_after.isdigit():
+                    wait = min(int(retry_after), MAX_RETRY_AFTER)
             except requests.RequestException as error:
-                problem = f"cannot reach {self.host} ({type(error).__name__})"
-            except (ValueError, pyarrow.ArrowException) as error:
-                problem = str(error).splitlines()[0]
+                if isinstance(error, ValueError):  # a malformed URL or header, whose text may hold the token
+                    problem, remedy = type(error).__name__, "check HF_ENDPOINT and HF_TOKEN"
+                else:
+                    while error.__context__:  # the innermost says it in words: Connection refused
+                        error = error.__context__
+                    problem = f"{getattr(error, 'strerror', None) or error}: {urllib.parse.urlsplit(self.url).hostname}"
+            except ValueError as error:
+                problem, bad = str(error), bad + 1
+                remedy = bad > 1 and "it came twice: check HF_ENDPOINT or run again later"
             except OSError as error:  # a full disk or a missing permission does not pass by waiting
-                raise DownloadError(f"{name}: {error.strerror or error} in {self.folder}; make room and run again") from None
-        raise DownloadError(f"{name}: {problem or 'stopped'}; what is there is kept, run again to continue")
+                problem, remedy = f"{error.strerror or error}: {self.folder}", "mend that and run again to continue"
+            if remedy or wait is None or self.stop.wait(wait):
+                break
+        raise SystemExit(f"download failed: {name}: {problem}; {remedy or 'what is there is kept, run again to continue'}")
 
-    def attempt(self, name):
-        """One request for one file, from where its .part ends; the file has its name when this returns."""
-        path = self.folder / name
-        part = path.with_name(name + ".part")
+    def receive(self, name, part):
+        """One request for one file, from where its .part ends; urllib3 compares the length with the announced one."""
         have = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity"}  # lengths are then those of the file
-        if have:
-            headers["Range"] = f"bytes={have}-"
-        if os.environ.get("HF_TOKEN"):  # requests drops it when it is redirected to another host
-            headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
-        with requests.get(f"{self.base}/{name}", headers=headers, stream=True, timeout=(10, 60)) as response:
-            if response.status_code == 416:  # the part is as long as the file, or longer: start over
-                part.unlink()
-                raise ValueError("the server rejected the resumed range")
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+        if token := os.environ.get("HF_TOKEN", "").strip():
+            headers["Authorization"] = f"Bearer {token}"  # requests drops it when redirected to another host
+        with requests.get(self.url + name, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
+            if response.status_code == 416 and have:
+                return  # nothing comes after the part: the verification tells whether it is the file
             response.raise_for_status()
-            if response.status_code != 206:
-                have = 0
-            length = response.headers.get("Content-Length", "")
-            self.sizes[name] = have + int(length) if length.isdigit() else have
-            self.received[name] = 0
+            have = have if response.status_code == 206 else 0
+            self.have[name], self.sizes[name] = have, have + (response.raw.length_remaining or 0)
             with open(part, "ab" if have else "wb") as file:
                 for chunk in response.iter_content(CHUNK_BYTES):
                     file.write(chunk)
+                    self.have[name] += len(chunk)
                     self.received[name] += len(chunk)
                     if self.stop.is_set():
-                        raise ValueError("stopped")
-        size = part.stat().st_size
-        if length.isdigit() and size < self.sizes[name]:
-            raise ValueError(f"connection ended at {size} of {self.sizes[name]} bytes")  # the next attempt resumes
-        try:
-            if length.isdigit() and size > self.sizes[name]:
-                raise ValueError(f"{size} bytes, {self.sizes[name]} were announced")
-            if not sum(1 for _ in read_parquet(part)):  # decodes every row group
-                raise ValueError("no text")
-        except (ValueError, OSError, pyarrow.ArrowException) as error:
-            part.unlink()
-            raise ValueError(f"not a parquet file of text ({str(error).splitlines()[0]})") from None
-        os.replace(part, path)
+                        raise SystemExit("stopped")
 
 
 # ---------------------------------------------------------------------------
@@ -789,6 +782,8 @@ def prepare(num_shards, download_workers):
         raise SystemExit(f"--num-shards {num_shards}: choose 1 to {CLIMBMIX_HOLDOUT}, or -1 for all")
     if download_workers < 1:
         raise SystemExit(f"--download-workers {download_workers}: choose 1 or more")
+    if VOCAB_SIZE > 2**16:
+        raise SystemExit(f"VOCAB_SIZE={VOCAB_SIZE} does not fit uint16: choose at most {2**16}")
     if DATASET != "climbmix":
         num_shards = 1  # the other datasets are used whole
     ledger = Path(__file__).with_name("results.tsv")

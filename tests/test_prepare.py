@@ -1,0 +1,392 @@
+"""Text, tokenizer, token files and rows."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare
+
+REPO = Path(__file__).parents[1]
+BOS = 60_000
+
+
+def run(*args, **env):
+    """Run a command of the repo as a user would."""
+    return subprocess.run([sys.executable, *args], cwd=REPO, env=os.environ | env, capture_output=True, text=True)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder as the dataset, with a cache of its own and a vocabulary that little text can fill."""
+    text = tmp_path / "mine"
+    text.mkdir()
+    monkeypatch.setattr(prepare, "DATASET", str(text))
+    monkeypatch.setattr(prepare, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(prepare, "VOCAB_SIZE", 300)
+    monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 8)
+    return text
+
+
+def fill(folder, documents=400):
+    for i in range(documents):
+        (folder / f"{i}.txt").write_text(f"document {i}: " + " ".join(f"word{(i * 7 + j) % 50}" for j in range(40)))
+
+
+def assert_nothing_half_written():
+    left = [path for path in prepare.CACHE.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not left, left
+
+
+# --- import and command line
+
+
+def test_importing_both_files_has_no_side_effects():
+    code = """if True:
+        import os, sys
+        sys.argv = ["x", "--nonsense"]
+        before = set(os.listdir("."))
+        def hook(event, args):
+            if event in ("socket.connect", "socket.getaddrinfo"):
+                os._exit(3)
+        sys.addaudithook(hook)
+        import prepare, train, torch
+        assert not torch.cuda.is_initialized()
+        assert set(os.listdir(".")) - before <= {"__pycache__"}
+    """
+    done = run("-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name, value, listed", [
+    ("AUTORESEARCH_PROFILE", "huge", "full, small, tiny"),
+    ("AUTORESEARCH_DATASET", "climbmax", "climbmix, tinystories, python"),
+])
+def test_an_unknown_setting_is_one_line_that_lists_the_valid_ones(name, value, listed):
+    done = run("prepare.py", **{name: value})
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and value in done.stderr and listed in done.stderr
+
+
+def test_training_without_data_is_one_line_with_the_remedy(tmp_path):
+    done = run("train.py", AUTORESEARCH_CACHE=str(tmp_path / "nothing"))
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "run: uv run prepare.py" in done.stderr
+
+
+def test_a_second_prepare_verifies_and_returns_within_two_seconds(prepared, capsys):
+    before = {path: path.stat().st_mtime_ns for path in prepared.data_dir().iterdir()}
+    start = time.monotonic()
+    prepared.prepare(10, 1)
+    assert time.monotonic() - start < 2
+    assert before == {path: path.stat().st_mtime_ns for path in prepared.data_dir().iterdir()}
+    assert "ready: text-" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_shards", [0, -2, 6542])
+def test_an_impossible_number_of_shards_is_refused(num_shards):
+    with pytest.raises(SystemExit, match=f"--num-shards {num_shards}: choose 1 to 6541"):
+        prepare.prepare(num_shards, 1)
+
+
+# --- a user's folder
+
+
+def test_an_empty_folder_is_refused(folder):
+    with pytest.raises(SystemExit, match="VOCAB_SIZE=300 needs more: add text"):
+        prepare.prepare(10, 1)
+    assert_nothing_half_written()
+
+
+def test_too_little_text_for_the_vocabulary_is_refused(folder, monkeypatch):
+    fill(folder, 3)
+    monkeypatch.setattr(prepare, "VOCAB_SIZE", 60_000)
+    with pytest.raises(SystemExit, match="VOCAB_SIZE=60000 needs more: add text"):
+        prepare.prepare(10, 1)
+    assert_nothing_half_written()
+
+
+def test_too_little_text_for_the_evaluation_rows_is_refused(folder, monkeypatch):
+    fill(folder)
+    monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 256)
+    with pytest.raises(SystemExit, match=r"tokens for the val split, at least 8192 are needed: add text"):
+        prepare.prepare(10, 1)
+    assert_nothing_half_written()
+
+
+def test_a_vocabulary_that_does_not_fit_the_token_files_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(prepare, "VOCAB_SIZE", 70_000)
+    with pytest.raises(SystemExit, match="VOCAB_SIZE=70000 does not fit uint16"):
+        prepare.prepare(10, 1)
+
+
+def test_unreadable_files_are_named_counted_and_left_out(folder, capsys):
+    fill(folder)
+    (folder / "latin.txt").write_bytes("déjà".encode("latin-1"))
+    (folder / "bad.jsonl").write_text('{"text": "fine"}\n{"txet": "no"}\n')
+    (folder / "broken.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    (folder / "empty.md").write_text("")
+    prepare.prepare(10, 1)
+    errors = capsys.readouterr().err
+    assert f"skipped {folder / 'latin.txt'}: not UTF-8" in errors
+    assert "bad.jsonl" in errors and "broken.parquet" in errors and "empty.md" not in errors
+    assert "skipped 3 unreadable files" in errors
+
+
+def test_every_kind_of_file_below_a_folder_is_read_once_despite_links(folder):
+    below = folder / "a" / "b"
+    below.mkdir(parents=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["parquet", None, ""]}), below / "x.parquet")
+    (below / "x.jsonl").write_text('{"text": "jsonl"}\n\n{"text": "second \\ud83d\\ude80"}\n')
+    for suffix in ("txt", "md", "py", "rst", "html"):
+        (below / f"x.{suffix}").write_text(suffix)
+    (below / "loop").symlink_to(folder)
+    assert Counter(prepare.folder_documents(folder)) == Counter(
+        ["parquet", "jsonl", "second \U0001f680", "txt", "md", "py", "rst"])
+
+
+def test_a_changed_folder_is_noticed(folder):
+    fill(folder)
+    prepare.prepare(10, 1)
+    prepare.Tokenizer.from_directory()
+    (folder / "new.txt").write_text("one more document")
+    with pytest.raises(SystemExit, match="has changed since it was prepared; run: uv run prepare.py"):
+        prepare.Tokenizer.from_directory()
+
+
+def test_a_documents_split_does_not_move_when_files_are_added(folder):
+    texts = [f"text number {i}" for i in range(2000)]
+    shares = Counter(map(prepare.split_of, texts))
+    assert 20 <= shares["val"] <= 65 and 20 <= shares["holdout"] <= 65  # 2 % each
+    assert prepare.split_of("text number 7") == prepare.split_of("text number 7") == "train"
+
+
+def test_no_text_is_in_two_splits():
+    stream = [("val", "a"), ("val", "b"), ("holdout", "b"), ("holdout", "c"), ("train", "a"), ("train", "c"), ("train", "d")]
+    got = {(split, text) for split, texts in prepare.tasks(stream) for text in texts}
+    assert got == {("val", "a"), ("val", "b"), ("holdout", "c"), ("train", "d")}
+
+
+# --- tokenizer
+
+
+def test_text_comes_back_from_its_tokens(tokenizer):
+    for path in list(Path(os.environ["AUTORESEARCH_DATASET"]).glob("*.txt"))[:200]:
+        text = path.read_text(encoding="utf-8")
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_any_unicode_comes_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.text(st.characters(), max_size=50))  # surrogates included
+@settings(max_examples=100, deadline=None)
+def test_lone_surrogates_become_replacement_characters(tokenizer, text):
+    joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert tokenizer.decode(tokenizer.encode(text)) == (text if text == joined else joined)
+
+
+@pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "\n" * 1_000_000, "é\0" * 300_000, "1" * 500_000])
+def test_a_line_of_megabytes_comes_back_within_seconds(tokenizer, text):
+    start = time.monotonic()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.monotonic() - start < 10
+
+
+def test_token_bytes_are_raw_bytes_and_zero_for_special_tokens(tokenizer):
+    """Counting the bytes of decoded text made U+FFFD of split characters, 3 bytes each: bpb read too low."""
+    sizes = tokenizer.token_bytes()
+    for text in ("plain ascii", "déjà vu", "你好，世界", "\U0001f680\U0001f9d1\u200d\U0001f680", "\x00\x7f"):
+        ids = tokenizer.encode(text, prepend=tokenizer.get_bos_token_id())
+        assert sizes[ids].sum() == len(text.encode())
+    assert len(sizes) == tokenizer.get_vocab_size() == prepare.VOCAB_SIZE
+    assert (sizes[-4:] == 0).all() and (sizes[:-4] > 0).all()
+
+
+def test_encode_takes_lists_and_prepends_by_id_or_name(tokenizer):
+    bos = tokenizer.get_bos_token_id()
+    plain = tokenizer.encode(["hello", "you"])
+    assert tokenizer.encode(["hello", "you"], prepend=bos) == [[bos] + ids for ids in plain]
+    assert tokenizer.encode("hello", prepend="<|reserved_0|>") == [bos] + plain[0]
+
+
+def test_special_tokens_in_text_are_plain_text(tokenizer):
+    text = "a <|reserved_0|> b"
+    assert max(tokenizer.encode(text)) < tokenizer.get_bos_token_id()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_numbers_are_cut_into_groups_of_two(tokenizer):
+    assert max(len(tokenizer.decode([i])) for i in tokenizer.encode("1234567890" * 20)) <= 2
+
+
+def test_the_tokenizer_is_saved_as_text(tokenizer):
+    folder = prepare.data_dir()
+    first = (folder / "tokenizer.tiktoken").read_text(encoding="ascii").splitlines()[0].split()
+    assert len(first) == 2 and first[1] == "0"
+    assert json.loads((folder / "tokenizer.json").read_text())["special_tokens"][0] == "<|reserved_0|>"
+
+
+def test_a_damaged_tokenizer_is_one_line_with_the_remedy(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(SystemExit, match="run: uv run prepare.py"):
+        prepare.Tokenizer.from_directory(tmp_path)
+
+
+def test_the_tokenizer_does_not_depend_on_how_many_shards_were_fetched(monkeypatch):
+    asked = []
+    monkeypatch.setattr(prepare, "documents", lambda num_shards: asked.append(num_shards) or iter(()))
+    for num_shards in (1, 2, 10, -1):
+        list(prepare.tokenizer_texts(num_shards))
+    assert asked == [1, 2, 2, 2]
+
+
+# --- token files
+
+
+def test_token_files_hold_every_document_in_order(folder):
+    fill(folder)
+    prepare.prepare(10, 1)
+    tokenizer = prepare.Tokenizer.from_directory()
+    for split in prepare.SPLITS:
+        tokens = np.fromfile(prepare.data_dir() / f"{split}.tokens", np.uint16)
+        lengths = np.fromfile(prepare.data_dir() / f"{split}.lengths", np.uint32)
+        got = [tokenizer.decode(part.tolist()) for part in np.split(tokens, lengths.cumsum()[:-1])]
+        assert got == [text for text in prepare.folder_documents(folder) if prepare.split_of(text) == split]
+        assert prepare.load_manifest()["splits"][split]["bytes"] == sum(len(text.encode()) for text in got)
+
+
+def test_token_files_do_not_depend_on_the_number_of_workers(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "TASK_CHARS", 5000)
+    seen = set()
+    for workers in (1, 3):
+        monkeypatch.setattr(prepare.os, "cpu_count", lambda: workers)
+        (tmp_path / str(workers)).mkdir()
+        prepare.write_token_files(tokenizer, prepare.documents(1), tmp_path / str(workers))
+        seen.add(tuple(prepare.file_sha256(path) for path in sorted((tmp_path / str(workers)).iterdir())))
+    assert len(seen) == 1
+
+
+def test_a_build_that_dies_leaves_nothing_and_the_next_one_completes(folder, monkeypatch):
+    fill(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_token_files", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError):
+            prepare.prepare(10, 1)
+    assert_nothing_half_written()
+    prepare.data_dir().with_name(prepare.data_dir().name + ".part").mkdir()  # as a killed run leaves it
+    prepare.prepare(10, 1)
+    assert prepare.load_manifest()["splits"]["train"]["documents"] > 300
+
+
+def test_a_truncated_token_file_is_noticed_and_mended(folder):
+    fill(folder)
+    prepare.prepare(10, 1)
+    path = prepare.data_dir() / "val.tokens"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(SystemExit, match="run: uv run prepare.py"):
+        prepare.load_manifest()
+    prepare.prepare(10, 1)
+    prepare.load_manifest()
+
+
+def test_the_ledger_is_created_with_its_header_and_never_touched_again(prepared):
+    ledger = REPO / "results.tsv"
+    assert ledger.read_text().startswith("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n")
+
+
+# --- rows
+
+
+def rows_of(documents, T, count, buffer_size=1000):
+    """The first rows packed from `documents`, lists of ids."""
+    lengths = np.array([len(ids) for ids in documents], np.uint32)
+    tokens = np.array([i for ids in documents for i in ids], np.uint16)
+    packed = prepare.pack_rows(tokens, lengths, T, BOS, buffer_size)
+    return [(row.tolist(), epoch) for (row, epoch), _ in zip(((r.copy(), e) for r, e in packed), range(count))]
+
+
+def test_packing_by_hand(monkeypatch):
+    """Best fit first: 5 tokens, then 2 that fit exactly; then the shortest is cropped, its rest comes back."""
+    monkeypatch.setattr(prepare, "shuffled_pieces", lambda lengths, T, epoch: iter([(0, 5), (5, 4), (9, 4), (13, 2)]))
+    documents = [[10, 11, 12, 13, 14], [20, 21, 22, 23], [30, 31, 32, 33], [40, 41]]
+    assert rows_of(documents, 8, 2) == [
+        ([BOS, 10, 11, 12, 13, 14, BOS, 40, 41], 1),
+        ([BOS, 20, 21, 22, 23, BOS, 30, 31, 32], 1),
+    ]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(2, 12), st.integers(1, 10))
+@settings(max_examples=150, deadline=None)
+def test_every_token_is_used_once_per_epoch_and_no_row_is_padded(sizes, T, buffer_size):
+    ids = iter(range(50_000))
+    documents = [[next(ids) for _ in range(size)] for size in sizes]
+    total = sum(sizes)
+    rows = rows_of(documents, T, 3 * total + 3, buffer_size)  # a row holds a token at least
+    assert all(row[0] == BOS and len(row) == T + 1 for row, _ in rows)
+    stream = [token for row, _ in rows for token in row if token != BOS]
+    for epoch in range(2):
+        assert sorted(stream[epoch * total:(epoch + 1) * total]) == list(range(total))
+    epochs = [epoch for _, epoch in rows]
+    assert epochs == sorted(epochs) and epochs[0] >= 1
+
+
+@given(st.integers(1, 7), st.integers(1, 7))
+@settings(max_examples=10, deadline=None)
+def test_rows_do_not_depend_on_the_batch_size(prepared, tokenizer, one, other):
+    def rows(B):
+        loader = prepared.make_dataloader(tokenizer, B, 64, "val")
+        batches = [next(loader) for _ in range(-(-30 // B))]
+        return torch.cat([inputs for inputs, _, _ in batches])[:30], torch.cat([targets for _, targets, _ in batches])[:30]
+    for a, b in zip(rows(one), rows(other)):
+        assert torch.equal(a, b)
+
+
+def test_batches_are_shifted_int64_that_start_with_bos_and_are_never_rewritten(prepared, tokenizer):
+    """One buffer that is rewritten while a copy of it is pending silently replaces a batch by the next."""
+    loader = prepared.make_dataloader(tokenizer, 4, 64, "train")
+    batches = [next(loader) for _ in range(5)]
+    copies = [(inputs.clone(), targets.clone()) for inputs, targets, _ in batches]
+    next(loader)
+    for (inputs, targets, epoch), (kept_inputs, kept_targets) in zip(batches, copies):
+        assert inputs.dtype == targets.dtype == torch.int64 and inputs.shape == targets.shape == (4, 64) and epoch == 1
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        assert (inputs[:, 0] == tokenizer.get_bos_token_id()).all()
+        assert torch.equal(inputs, kept_inputs) and torch.equal(targets, kept_targets)
+    assert len({inputs.data_ptr() for inputs, _, _ in batches}) == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_batches_on_the_gpu_equal_those_on_the_cpu(prepared, tokenizer):
+    ours, theirs = (prepared.make_dataloader(tokenizer, 16, 256, "train", device) for device in ("cuda", "cpu"))
+    kept = [next(ours)[:2] for _ in range(50)]  # none is read before all are queued
+    for inputs, targets in kept:
+        want = next(theirs)
+        assert torch.equal(inputs.cpu(), want[0]) and torch.equal(targets.cpu(), want[1])
+
+
+def test_an_unknown_split_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="'test' is none of val, holdout, train"):
+        prepare.make_dataloader(tokenizer, 1, 8, "test")
+
+
+def test_epochs_count_from_one_and_each_has_an_order_of_its_own():
+    lengths = np.full(100, 5, np.uint32)
+    first, second = (list(prepare.shuffled_pieces(lengths, 8, epoch)) for epoch in (1, 2))
+    assert first != second and sorted(first) == sorted(second) == [(5 * i, 5) for i in range(100)]
+    assert first == list(prepare.shuffled_pieces(lengths, 8, 1))
