@@ -269,7 +269,8 @@ class Downloader:
         total = known / max(1, len(self.sizes)) * files  # files not begun count as the mean
         rate = sum(self.received.values()) / max(seconds, 1e-3)
         left = "{}:{:02}".format(*divmod(round(max(0, total - have) / rate), 60)) if rate else "?"
-        return f"downloaded {done}/{files} files | {have / 1e6:,.0f}/{total / 1e6:,.0f} MB | {rate / 1e6:.1f} MB/s | {left} left"
+        return (f"downloaded {done}/{files} files | {have / 1e6:,.0f}/{total / 1e6:,.0f} MB | "
+                f"{rate / 1e6:.1f} MB/s | {left} left")
 
     def fetch(self, name):
         """Have one file complete and verified, or raise SystemExit with what to do."""
@@ -304,7 +305,7 @@ class Downloader:
                 problem, remedy = f"{error.strerror or error}: {self.folder}", "mend that and run again to continue"
             if remedy or wait is None or self.stop.wait(wait):
                 break
-        raise SystemExit(f"download failed: {name}: {problem}; {remedy or 'what is there is kept, run again to continue'}")
+        raise SystemExit(f"download failed: {name}: {problem}; {remedy or 'run again to continue from what is there'}")
 
     def receive(self, name, part):
         """One request for one file, from where its .part ends; urllib3 compares the length with the announced one."""

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.optim.adamw import adamw
 
 import prepare
-from prepare import EVAL_TOKENS, MAX_SEQ_LEN, PROFILE, TIME_BUDGET, VOCAB_SIZE, Tokenizer, YardstickError
+from prepare import MAX_SEQ_LEN, PROFILE, TIME_BUDGET, VOCAB_SIZE, Tokenizer, YardstickError
 from prepare import dataset_id, evaluate_bpb, make_dataloader, start_watchdog
 
 # ---------------------------------------------------------------------------
@@ -77,7 +77,6 @@ def repeat_kv(q, *tensors):
     return [t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in tensors]
 
 
-@functools.lru_cache
 def window_mask(T, window, device):
     """(T, T) bool: whether the query in the row sees the key in the column."""
     distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
@@ -574,9 +573,12 @@ def main():
     """One experiment; prints the summary and returns it as a dict."""
     start_watchdog()
     device, device_name, dtype = choose_device()
-    seed = int(os.environ.get("SEED", 42))
-    torch.manual_seed(seed)
+    seed = os.environ.get("SEED", "42")
+    if not seed.isdigit():
+        raise SystemExit(f"SEED={seed} must be a whole number")
+    torch.manual_seed(int(seed))
     torch.set_float32_matmul_precision("high")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.CACHE / "compiled"))  # survives a reboot, /tmp does not
     if device.type == "cpu":
         keep_freed_memory()
     if TOTAL_BATCH_SIZE % (DEVICE_BATCH_SIZE * MAX_SEQ_LEN):
