@@ -714,6 +714,8 @@ def probe_causality(model, inputs, logits):
     Each row has a cut of its own: the last position in row 0 (nothing changes there, so it must not feel
     the other rows either), the first in row 1, spread in between over the others. One forward pass.
     """
+    if not bool(torch.isfinite(logits).all()):
+        raise YardstickError("some logits are not finite")
     B, T = inputs.shape
     vocab_size = logits.shape[-1]
     cuts = torch.linspace(0, T - 2, max(B - 1, 1), device=inputs.device).long()
