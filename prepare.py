@@ -795,11 +795,11 @@ def prepare(num_shards, download_workers):
     data_dir().parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{data_dir()}.lock")
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except Timeout:
         print("another prepare.py is at work on this dataset: waiting for it", flush=True)
-        lock.acquire()
-    with lock:
+        held = lock.acquire()
+    with held:  # `with lock` would acquire it a second time and release it once
         if not verified(num_shards):
             if DATASET in HUB_REPOS:
                 Downloader(HUB_REPOS[DATASET], raw_dir()).fetch_all(hub_files(num_shards), download_workers)
