@@ -39,6 +39,7 @@ WINDOW_PATTERN = "SSSL"  # tiled over the layers: L full context, S half of it; 
 VE_GATE_CHANNELS = 32  # the value embeddings' gate sees so many channels of x
 SOFTCAP = 15  # logits lie in (-SOFTCAP, SOFTCAP)
 BIGRAM_ROWS = 0  # hashed table of embeddings of (previous token, token); 0 is none
+SMEAR = False  # add a learned share of the previous token's embedding to each embedding
 
 # Batch
 TOTAL_BATCH_SIZE = 2**19  # tokens per optimizer step
@@ -49,7 +50,7 @@ LOSS_CHUNK = 2**13  # tokens whose logits exist at the same time
 EMBEDDING_LR = 0.6  # token and value embeddings (Adam)
 UNEMBEDDING_LR = 0.004  # lm_head (Adam)
 MATRIX_LR = 0.04  # the matrices of the blocks (Muon)
-SCALAR_LR = 0.5  # x0_lambdas (Adam); resid_lambdas at 0.01 of it
+SCALAR_LR = 0.5  # x0_lambdas (Adam); smear at 0.1 and resid_lambdas at 0.01 of it
 WEIGHT_DECAY = 0.2  # of Muon, falls to 0 over the run
 ADAM_BETAS = (0.8, 0.95)
 ADAM_EPS = 1e-10
@@ -62,8 +63,9 @@ FINAL_LR_FRAC = 0.0  # of the learning rate, at the end
 
 if PROFILE == "small":  # Apple MPS
     DEPTH, TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE = 4, 2**14, 16
-if PROFILE == "tiny":  # CPU
-    DEPTH, HEAD_DIM, WINDOW_PATTERN = 4, 64, "L"
+if PROFILE == "tiny":  # two CPU cores: tokens count for more than size, and lookups cost next to nothing
+    DEPTH, HEAD_DIM, WINDOW_PATTERN = 2, 64, "L"
+    BIGRAM_ROWS, SMEAR = 2**16, True
     TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, LOSS_CHUNK = 2**12, 16, 2**10
     POLAR_STEPS = 3
 
@@ -145,6 +147,7 @@ class GPTConfig:
     windows: list  # keys to the left that each layer sees
     dtype: torch.dtype  # of the activations
     bigram_rows: int
+    smear: bool
 
     @property
     def model_dim(self):
@@ -167,7 +170,7 @@ def config_from_constants(dtype):
     if n_head % QUERIES_PER_KV:
         raise SystemExit(f"QUERIES_PER_KV={QUERIES_PER_KV} must divide the {n_head} heads (DEPTH*ASPECT_RATIO/HEAD_DIM)")
     return GPTConfig(VOCAB_SIZE, MAX_SEQ_LEN, DEPTH, n_head, n_head // QUERIES_PER_KV, HEAD_DIM,
-                     layer_windows(WINDOW_PATTERN, DEPTH, MAX_SEQ_LEN), dtype, BIGRAM_ROWS)
+                     layer_windows(WINDOW_PATTERN, DEPTH, MAX_SEQ_LEN), dtype, BIGRAM_ROWS, SMEAR)
 
 
 def norm(x):
@@ -283,6 +286,8 @@ class GPT(nn.Module):
         if config.bigram_rows:
             self.bigram = nn.Embedding(config.bigram_rows, C)
         self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
+        if config.smear:
+            self.smear = nn.Parameter(torch.zeros(C))
         self.lm_head = Linear(C, V)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
@@ -317,6 +322,8 @@ class GPT(nn.Module):
         if self.config.bigram_rows:
             before = F.pad(inputs, (1, -1))
             x = x + self.bigram((before * 36313 ^ inputs * 27191) % self.config.bigram_rows)
+        if self.config.smear:
+            x = x + self.smear * F.pad(x, (0, 0, 1, -1))  # the position before
         x = x0 = norm(x.to(self.config.dtype))
         for i, block in enumerate(self.blocks):
             ve = self.value_embeds[str(i)](inputs).to(x.dtype) if str(i) in self.value_embeds else None
@@ -341,6 +348,7 @@ def parameter_groups(model):
     groups = {
         "embedding": [model.wte.weight, *(table.weight for table in model.value_embeds.values())],
         "bigram": [model.bigram.weight] if model.config.bigram_rows else [],
+        "smear": [model.smear] if model.config.smear else [],
         "lm_head": [model.lm_head.weight],
         "matrix": list(model.blocks.parameters()),
         "resid_lambdas": [model.resid_lambdas],
@@ -446,6 +454,7 @@ def make_optimizer(model):
     options = {
         "embedding": adam | dict(lr=EMBEDDING_LR * adam_scale),
         "bigram": adam | dict(lr=EMBEDDING_LR * adam_scale),
+        "smear": adam | dict(lr=SCALAR_LR * 0.1),
         "lm_head": adam | dict(lr=UNEMBEDDING_LR * adam_scale),
         "resid_lambdas": adam | dict(lr=SCALAR_LR * 0.01),
         "x0_lambdas": adam | dict(lr=SCALAR_LR, betas=(0.96, 0.95)),

@@ -28,7 +28,7 @@ def backend(name, device):
 
 def small_config(**changes):
     values = dict(vocab_size=50, seq_len=16, n_layer=3, n_head=4, n_kv_head=2, head_dim=8, windows=[8, 8, 15],
-                  dtype=torch.float32, bigram_rows=0)
+                  dtype=torch.float32, bigram_rows=0, smear=False)
     return train.GPTConfig(**values | changes)
 
 
@@ -108,8 +108,9 @@ def test_the_model_is_causal_and_its_reach_is_the_sum_of_its_windows(name, devic
     assert moved.nonzero().flatten().tolist() == list(range(20, 20 + 3 * 4 + 1))
 
 
-def test_the_bigram_table_looks_back_by_one_and_never_ahead():
-    model = small_model(windows=[0, 0, 0], bigram_rows=64)
+@pytest.mark.parametrize("extra", [dict(bigram_rows=64), dict(smear=True)])
+def test_bigrams_and_smear_look_back_by_one_and_never_ahead(extra):
+    model = small_model(windows=[0, 0, 0], **extra)
     tokens = torch.randint(50, (1, 16))
     changed = tokens.clone()
     changed[0, 7] = (changed[0, 7] + 1) % 50
@@ -203,7 +204,7 @@ def test_initial_weights_follow_the_recipe():
 
 
 def test_every_parameter_is_in_exactly_one_group():
-    model = small_model(bigram_rows=64)
+    model = small_model(bigram_rows=64, smear=True)
     grouped = [p for group in train.parameter_groups(model).values() for p in group]
     assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
     optimizer = train.make_optimizer(model)
@@ -323,7 +324,7 @@ def short_run(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     monkeypatch.setattr(train, "start_watchdog", lambda: None)
     monkeypatch.setattr(prepare, "EVAL_TOKENS", 8 * prepare.MAX_SEQ_LEN)
-    for name, value in dict(DEPTH=2, ASPECT_RATIO=16, HEAD_DIM=16, BIGRAM_ROWS=0, TOTAL_BATCH_SIZE=1024, DEVICE_BATCH_SIZE=2,
+    for name, value in dict(DEPTH=2, ASPECT_RATIO=16, HEAD_DIM=16, BIGRAM_ROWS=0, SMEAR=True, TOTAL_BATCH_SIZE=1024, DEVICE_BATCH_SIZE=2,
                             TIME_BUDGET=1.0).items():
         monkeypatch.setattr(train, name, value)
     return monkeypatch

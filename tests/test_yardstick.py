@@ -144,7 +144,7 @@ def test_what_is_not_a_distribution_over_the_vocabulary_is_refused(tokenizer, fa
 
 def test_honest_models_are_never_refused(tokenizer):
     torch.manual_seed(0)
-    config = train.GPTConfig(prepare.VOCAB_SIZE, T, 2, 2, 1, 16, [T // 2, T - 1], torch.float32, 64)
+    config = train.GPTConfig(prepare.VOCAB_SIZE, T, 2, 2, 1, 16, [T // 2, T - 1], torch.float32, 64, True)
     for _ in range(5):
         model = train.GPT(config, train.sdpa_attention)
         with torch.no_grad():
