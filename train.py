@@ -528,8 +528,9 @@ def keep_freed_memory():
 
 
 def can_compile(device):
-    """Whether torch.compile works here: it needs a C++ compiler on a CPU and triton on a GPU."""
-    if device.type == "mps" or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+    """Whether to torch.compile: on CUDA, if triton works. On two CPU cores the tiny model ran at 16.7 k tokens/s
+    compiled, after 62 s of start-up, and at 17.6 k eagerly."""
+    if device.type != "cuda" or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         return False
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(64, device=device))

@@ -319,9 +319,8 @@ SUMMARY = ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_
 
 @pytest.fixture
 def short_run(prepared, tmp_path, monkeypatch):
-    """main() with a second of budget and a model of nothing, in an empty folder, without compiling."""
+    """main() with a second of budget and a model of nothing, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     monkeypatch.setattr(train, "start_watchdog", lambda: None)
     monkeypatch.setattr(prepare, "EVAL_TOKENS", 8 * prepare.MAX_SEQ_LEN)
     for name, value in dict(DEPTH=2, ASPECT_RATIO=16, HEAD_DIM=16, BIGRAM_ROWS=0, SMEAR=True, TOTAL_BATCH_SIZE=1024, DEVICE_BATCH_SIZE=2,
@@ -444,14 +443,12 @@ def test_two_runs_of_one_seed_are_identical_and_another_seed_differs(prepared, t
     assert torch.equal(trained(1), trained(1)) and not torch.equal(trained(1), trained(2))
 
 
+@cuda
 def test_compiling_changes_speed_only():
-    """Also the test that compiling works here; on a machine without a compiler it says so."""
-    if not train.can_compile(torch.device("cpu")):
-        pytest.skip("torch.compile does not work here")
-    inputs, targets = torch.randint(50, (2, 2, 16))
+    inputs, targets = torch.randint(50, (2, 2, 16), device="cuda")
     losses = []
     for compiled in (False, True):
-        model = small_model()
+        model = small_model().to("cuda")
         if compiled:
             model.compile()
         loss = model.loss(inputs, targets)
@@ -461,9 +458,11 @@ def test_compiling_changes_speed_only():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_without_a_compiler_the_run_goes_on_eagerly_after_one_line(monkeypatch, capsys):
+def test_without_triton_the_run_goes_on_eagerly_after_one_line(monkeypatch, capsys):
     def fail(*_, **__):
-        raise RuntimeError("no C++ compiler found\nsecond line")
+        raise RuntimeError("no triton\nsecond line")
     monkeypatch.setattr(torch, "compile", fail)
-    assert train.can_compile(torch.device("cpu")) is False
+    assert train.can_compile(torch.device("cpu")) is False and capsys.readouterr().out == ""  # it does not pay there
+    monkeypatch.setattr(torch, "ones", lambda n, device: None)
+    assert train.can_compile(torch.device("cuda")) is False
     assert capsys.readouterr().out.count("\n") == 1
