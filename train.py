@@ -566,6 +566,32 @@ def warm_up(model, optimizer, shape, device):
     return loss.item()  # waits for the device
 
 
+def start_reading(loss):
+    """Begin to copy a loss to the host; the function returned waits for that copy alone, not for later work."""
+    host = loss.to("cpu", non_blocking=loss.is_cuda)
+    copied = torch.cuda.Event() if loss.is_cuda else None
+    if copied:
+        copied.record()
+
+    def read():
+        if copied:
+            copied.synchronize()
+        return host.item()
+
+    return read
+
+
+def check_loss(loss, step):
+    if not loss <= 100:  # NaN too
+        raise SystemExit(f"FAIL: loss is {loss} at step {step}")
+    return loss
+
+
+def show(line):
+    """A progress line: rewritten in place on a terminal, a line of its own in a file."""
+    print(f"\r{line:<110}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
+
+
 def synchronize(device):
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
@@ -618,32 +644,24 @@ def main():
     gc.disable()  # a collection in mid-run stalls the queue of a GPU
     print(f"ready to train after {time.perf_counter() - START:.1f} s", flush=True)
 
-    step, elapsed, smooth, shown, pending = 0, 0.0, 0.0, -math.inf, None
+    step, elapsed, smooth, shown, read_loss = 0, 0.0, 0.0, -math.inf, None
     begin = time.perf_counter()
     while elapsed < TIME_BUDGET:
         set_schedules(optimizer, elapsed / TIME_BUDGET, step)
         loss, batch = train_step(model, optimizer, batch, lambda: next(loader), grad_accum_steps)
-        pending, loss = loss, pending if step else loss  # read one step late: the GPU never waits for Python
-        loss = loss.item()
-        if not loss <= 100:
-            raise SystemExit(f"FAIL: loss is {loss} at step {max(0, step - 1)}")
+        read_previous, read_loss = read_loss, start_reading(loss)
+        loss = check_loss((read_previous or read_loss)(), max(0, step - 1))
         step += 1
         elapsed = time.perf_counter() - begin
         smooth = 0.9 * smooth + 0.1 * loss
         if sys.stdout.isatty() or elapsed - shown >= TIME_BUDGET / 50:
             shown = elapsed
             rate = step * TOTAL_BATCH_SIZE / elapsed
-            line = (f"step {step:5} | {100 * elapsed / TIME_BUDGET:5.1f} % | loss {smooth / (1 - 0.9**step):.4f} | "
-                    f"{rate:,.0f} tok/s | mfu {100 * rate * flops / peak if peak else 0:.1f} % | epoch {batch[2]} | "
-                    f"{max(0, TIME_BUDGET - elapsed):.0f} s left")
-            print(f"\r{line:<100}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
-    loss = pending.item()
+            show(f"step {step:5} | {100 * elapsed / TIME_BUDGET:5.1f} % | loss {smooth / (1 - 0.9**step):.4f} | {rate:,.0f} tok/s | "
+                 f"mfu {100 * rate * flops / peak if peak else 0:.1f} % | epoch {batch[2]} | {max(0, TIME_BUDGET - elapsed):.0f} s left")
+    check_loss(read_loss(), step - 1)
     synchronize(device)
     training_seconds = time.perf_counter() - begin
-    if not loss <= 100:
-        raise SystemExit(f"FAIL: loss is {loss} at step {step - 1}")
-    if sys.stdout.isatty():
-        print()
     gc.enable()
 
     torch.save(model.state_dict(), "model.pt")
@@ -669,7 +687,7 @@ def main():
     }
     if os.environ.get("AUTORESEARCH_HOLDOUT") == "1":
         summary["holdout_bpb"] = f"{evaluate_bpb(model, tokenizer, eval_batch_size, 'holdout'):.6f}"
-    print("---")
+    print("\n---" if sys.stdout.isatty() else "---")
     for key, value in summary.items():
         print(f"{key + ':':<17} {value}")
     return summary
