@@ -52,8 +52,8 @@ UNEMBEDDING_LR = 0.004  # lm_head (Adam)
 MATRIX_LR = 0.04  # the matrices of the blocks (Muon)
 SCALAR_LR = 0.5  # x0_lambdas (Adam); smear at 0.1 and resid_lambdas at 0.01 of it
 WEIGHT_DECAY = 0.2  # of Muon, falls to 0 over the run
-ADAM_BETAS = (0.8, 0.95)
-ADAM_EPS = 1e-10
+ADAM_BETAS = (0.8, 0.95)  # decay of Adam's first and second moments; x0_lambdas have (0.96, 0.95)
+ADAM_EPS = 1e-10  # added to the root of the second moment
 POLAR_STEPS = 5  # iterations of Muon's orthogonalisation
 
 # Schedule, as shares of the time budget

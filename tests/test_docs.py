@@ -19,8 +19,8 @@ def tracked():
 
 
 def commands(path):
-    """The lines of the fenced bash blocks of a Markdown file."""
-    return [line for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL) for line in block.splitlines()]
+    """The lines of the fenced bash blocks of a Markdown file, in lists too."""
+    return [line.strip() for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.DOTALL) for line in block.splitlines()]
 
 
 def test_readmes_two_commands_are_there_and_ci_runs_the_second():
