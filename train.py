@@ -57,8 +57,8 @@ ADAM_EPS = 1e-10  # added to the root of the second moment
 POLAR_STEPS = 5  # iterations of Muon's orthogonalisation
 
 # Schedule, as shares of the time budget
-WARMUP_RATIO = 0.0
-WARMDOWN_RATIO = 0.5
+WARMUP_RATIO = 0.0  # the learning rate rises from 0
+WARMDOWN_RATIO = 0.5  # it falls to FINAL_LR_FRAC
 FINAL_LR_FRAC = 0.0  # of the learning rate, at the end
 
 if PROFILE == "small":  # Apple MPS

@@ -67,9 +67,10 @@ def test_the_ledger_command_appends_a_row_that_no_reset_loses(tmp_path):
     (tmp_path / "train.py").write_text("a = 1\n")
     sh("git add . && git commit -qm start")
     (tmp_path / "train.py").write_text("a = 2\n")
-    for command in commands(PROGRAM):
-        if command.startswith(("git add", "printf")):
-            sh(command)
+    for first_word in ("git add", "printf"):  # the loop's order; the ledger is explained before the loop
+        for command in commands(PROGRAM):
+            if command.startswith(first_word):
+                sh(command)
     head = sh("git rev-parse --short=7 HEAD").strip()
     for command in ("git stash -u", "git reset --hard HEAD~1", "git clean -fd"):
         assert command == "git reset --hard HEAD~1" or command not in commands(PROGRAM)
