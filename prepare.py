@@ -85,6 +85,7 @@ CLIMBMIX_SHARD = "shard_{:05d}.parquet"
 CLIMBMIX_VAL, CLIMBMIX_HOLDOUT = 6542, 6541  # the last two shards; all before them are for training
 TINYSTORIES_FILE = "tinystories_gpt4_clean.parquet"
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".txt", ".md", ".py", ".rst")
+FILE_CHARS = 100_000
 PYTHON_BYTES = 100_000_000  # cap of the python dataset: ready within a minute on two cores
 
 
@@ -108,7 +109,7 @@ def hub_files(num_shards):
 
 def read_parquet(path):
     """Yield the non-null strings of a parquet file's `text` column; ValueError when it has none."""
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
         if "text" not in file.schema_arrow.names:
             raise ValueError(f"no column `text`, only {', '.join(file.schema_arrow.names)}")
         for batch in file.iter_batches(batch_size=1024, columns=["text"]):
@@ -120,7 +121,10 @@ def read_parquet(path):
 
 
 def read_file(path):
-    """Yield the documents of one file of a user's folder; raises OSError, ValueError or KeyError."""
+    """Yield the documents of one file of a user's folder; raises OSError, ValueError, KeyError or TypeError.
+
+    A text longer than FILE_CHARS is several documents, cut at the ends of lines: so one book is in all splits.
+    """
     if path.suffix == ".parquet":
         yield from read_parquet(path)
     elif path.suffix == ".jsonl":
@@ -132,7 +136,9 @@ def read_file(path):
                         raise ValueError(f"field `text` holds {type(text).__name__}, not a string")
                     yield text
     else:
-        yield path.read_text(encoding="utf-8")
+        with open(path, encoding="utf-8") as file:
+            while text := file.read(FILE_CHARS) + file.readline(FILE_CHARS):
+                yield text
 
 
 def folder_files(folder):
@@ -153,13 +159,15 @@ def folder_documents(folder):
     """Yield the documents of a folder; a file that cannot be read is named, counted and left out."""
     skipped = 0
     for path in folder_files(folder):
+        count = 0
         try:
-            yield from read_file(path)
+            for count, text in enumerate(read_file(path), 1):
+                yield text
         except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
             skipped += 1
             if skipped <= 10:
                 reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0]
-                print(f"skipped {path}: {reason}", file=sys.stderr)
+                print(f"skipped {'the rest of ' if count else ''}{path}: {reason}", file=sys.stderr)
     if skipped:
         print(f"skipped {skipped} unreadable files of {folder}: mend them and run again to include them",
               file=sys.stderr)
@@ -211,6 +219,21 @@ class Progress:
             print(line, flush=True)
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Hold the lock file beside `folder`, which one process at a time may change."""
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another prepare.py is at work on {folder}: waiting for it", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 # ---------------------------------------------------------------------------
 # Download
 
@@ -249,7 +272,7 @@ class Downloader:
     def fetch_all(self, names, workers):
         """Have every file of `names` complete and verified; SystemExit with one line if any of them fails."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{self.folder}.lock"), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        with locked(self.folder), concurrent.futures.ThreadPoolExecutor(workers) as pool:
             progress, done = Progress(), 0
             waiting = files = [pool.submit(self.fetch, name) for name in names]
             try:
@@ -600,6 +623,7 @@ def tokenizer_texts(num_shards):
 # ---------------------------------------------------------------------------
 # Rows: B x T batches without padding
 
+BUFFER_SIZE = 1000  # pieces to choose from
 WINDOW_DOCS = 2**20  # documents shuffled together: bounds memory on large datasets
 
 
@@ -657,7 +681,22 @@ def pack_rows(tokens, lengths, T, bos, buffer_size):
                 used = 0
 
 
-def make_dataloader(tokenizer, B, T, split, device=None, buffer_size=1000):
+def token_files(split):
+    """(tokens uint16, lengths of the documents uint32) of a split, memory-mapped."""
+    load_manifest()
+    return tuple(np.memmap(data_dir() / f"{split}.{kind}", dtype, "r") for kind, dtype in
+                 (("tokens", np.uint16), ("lengths", np.uint32)))
+
+
+def cropped_share(T, bos):
+    """Share of the validation rows that end in a cropped piece: a crop adds a row start to those of the pieces."""
+    tokens, lengths = token_files("val")
+    epoch = itertools.takewhile(lambda item: item[1] == 1, pack_rows(tokens, lengths, T, bos, BUFFER_SIZE))
+    starts = [np.count_nonzero(row == bos) for row, _ in epoch]
+    return max(0, sum(starts) - (-(-lengths.astype(np.int64) // T)).sum()) / len(starts)
+
+
+def make_dataloader(tokenizer, B, T, split, device=None, buffer_size=BUFFER_SIZE):
     """Endless iterator of (inputs, targets, epoch): two (B, T) int64 tensors on `device`, epochs from 1.
 
     Every row starts with BOS and targets are inputs shifted by one. The stream of rows does not depend
@@ -666,9 +705,7 @@ def make_dataloader(tokenizer, B, T, split, device=None, buffer_size=1000):
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-    load_manifest()
-    lengths = np.memmap(data_dir() / f"{split}.lengths", np.uint32, "r")
-    tokens = np.memmap(data_dir() / f"{split}.tokens", np.uint16, "r")
+    tokens, lengths = token_files(split)
     device = torch.device(device or "cpu")
 
     def batches():
@@ -677,10 +714,11 @@ def make_dataloader(tokenizer, B, T, split, device=None, buffer_size=1000):
             batch = torch.empty((B, T + 1), dtype=torch.uint16, pin_memory=device.type == "cuda")
             for target, (row, epoch) in zip(batch.numpy(), rows):
                 target[:] = row
-            if device.type != "cuda":
-                batch = batch.to(torch.int64)  # MPS has no uint16
+            if device.type == "mps":
+                batch = batch.to(torch.int64)  # it has no uint16
             batch = batch.to(device, non_blocking=True)
-            yield batch[:, :-1].to(torch.int64), batch[:, 1:].to(torch.int64), epoch
+            # copies: inputs that share memory with the targets would let a model edit its own targets
+            yield batch[:, :-1].to(torch.int64, copy=True), batch[:, 1:].to(torch.int64, copy=True), epoch
 
     return batches()
 
@@ -688,8 +726,8 @@ def make_dataloader(tokenizer, B, T, split, device=None, buffer_size=1000):
 # ---------------------------------------------------------------------------
 # The yardstick: bits per byte
 
-LOSS_SLICE_BYTES = 2**28  # of float32 logits at a time
-PROBE_ROWS = 8  # at least so many rows are probed for causality
+LOSS_SLICE_BYTES = 2**28  # of float64 logits at a time
+PROBE_ROWS = 8  # the first batch is probed for causality, the last, and what it takes to have so many rows
 PROBE_TOLERANCE = 1e-3  # an honest model moves by exactly 0 in float32 on a CPU
 
 
@@ -708,30 +746,30 @@ def check_logits(logits, inputs, vocab_size):
                              f"not logits of shape {(*inputs.shape, vocab_size)}")
 
 
-def probe_causality(model, inputs, logits):
-    """Raise YardstickError if the logits at or before a cut depend on the tokens after it.
+def probe_causality(model, inputs, logits, first):
+    """Raise YardstickError unless the logits at every position depend on the tokens up to there alone.
 
-    Each row has a cut of its own: the last position in row 0 (nothing changes there, so it must not feel
-    the other rows either), the first in row 1, spread in between over the others. One forward pass.
+    The rows are given again with the tokens after a cut replaced, another cut in each row: none is replaced
+    in row 0, all but the first in row 1, and so on to the last token alone. `first` is the number of the
+    first row among those scored. One forward pass; what it returns is never scored.
     """
     if not bool(torch.isfinite(logits).all()):
         raise YardstickError("some logits are not finite")
     B, T = inputs.shape
-    vocab_size = logits.shape[-1]
-    cuts = torch.linspace(0, T - 2, max(B - 1, 1), device=inputs.device).long()
-    cuts = torch.cat([torch.tensor([T - 1], device=inputs.device), cuts])[:B] if B > 1 else cuts + T // 2
+    cuts = torch.linspace(0, T - 2, max(PROBE_ROWS, B) - 1).long().tolist()
+    cuts = torch.tensor([([T - 1] + cuts)[row % max(PROBE_ROWS, B)] for row in range(first, first + B)], device=inputs.device)
     after = torch.arange(T, device=inputs.device) > cuts[:, None]  # (B, T)
-    shift = torch.randint(1, vocab_size, inputs.shape, generator=torch.Generator().manual_seed(0)).to(inputs.device)
-    changed = torch.where(after, (inputs + shift) % vocab_size, inputs)
-    moved = torch.zeros(inputs.shape, device=inputs.device)
-    other = model(changed)
-    for row in range(B):  # a row at a time bounds the memory
-        moved[row] = (other[row].float() - logits[row].float()).abs().amax(-1)
-    moved = torch.where(after, 0, moved)
-    if not bool((moved <= PROBE_TOLERANCE).all()):  # also catches NaN
-        row, position = divmod(int(moved.nan_to_num(math.inf).argmax()), T)
-        raise YardstickError(f"not causal: logits at position {position} moved by {moved[row, position]:.3g} when only "
-                             f"tokens after position {int(cuts[row])} (or in other rows) were changed")
+    shift = torch.randint(1, logits.shape[-1], inputs.shape, generator=torch.Generator().manual_seed(first)).to(inputs.device)
+    other = model(torch.where(after, (inputs + shift) % logits.shape[-1], inputs))
+    moved = torch.stack([(a.float() - b.float()).abs().amax(-1) for a, b in zip(other, logits)])  # row by row: less memory
+    moved = torch.where(after, 0, moved).nan_to_num(math.inf)
+    for row, cut in enumerate(cuts.tolist()):
+        if moved[row].max() > PROBE_TOLERANCE:
+            position = int(moved[row].argmax())
+            change = f"not causal: tokens after position {cut} were replaced" if cut < T - 1 else (
+                "rows are mixed, dropout is on or state is kept between calls: nothing was changed in this row")
+            raise YardstickError(f"{change}, and the logits at position {position} of row {first + row} "
+                                 f"moved by {moved[row, position]:.3g}")
 
 
 @torch.no_grad()
@@ -744,25 +782,26 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
     """
     device = next(iter(model.parameters()), torch.empty(0)).device
     total_device = "cpu" if device.type == "mps" else device  # MPS has no float64
+    loss_dtype = torch.float32 if device.type == "mps" else torch.float64
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
     rows, vocab_size = eval_rows(split), tokenizer.get_vocab_size()
-    slice_rows = max(1, LOSS_SLICE_BYTES // (4 * MAX_SEQ_LEN * vocab_size))
+    slice_rows = max(1, LOSS_SLICE_BYTES // (8 * MAX_SEQ_LEN * vocab_size))
     nats = torch.zeros((), dtype=torch.float64, device=total_device)
     nbytes = torch.zeros((), dtype=torch.int64, device=device)
     loader = make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, split, device)
     was_training = model.training
     model.eval()
-    for done in range(0, rows, batch_size):
+    for first in range(0, rows, batch_size):
         inputs, targets, _ = next(loader)
-        logits = model(inputs)
+        logits = model(inputs.clone())  # a model that edits its input must not edit that of the probe
         check_logits(logits, inputs, vocab_size)
-        if done < PROBE_ROWS:
-            probe_causality(model, inputs, logits)
-        targets = targets[:rows - done]  # the last batch is computed whole, in the same shape, and scored in part
+        if first < PROBE_ROWS or first + batch_size >= rows:
+            probe_causality(model, inputs, logits, first)
+        targets = targets[:rows - first]  # the last batch is computed whole, in the same shape, and scored in part
         for some, wanted in zip(logits[:len(targets)].split(slice_rows), targets.split(slice_rows)):
-            loss = F.cross_entropy(some.float().flatten(0, 1), wanted.flatten(), reduction="none")
+            loss = F.cross_entropy(some.to(loss_dtype).flatten(0, 1), wanted.flatten(), reduction="none")
             weight = token_bytes[wanted.flatten()]
-            nats += torch.where(weight > 0, loss, 0).to(total_device).double().sum()
+            nats += torch.where(weight > 0, loss, 0).to(total_device, torch.float64).sum()
             nbytes += weight.sum()
     model.train(was_training)
     bpb = nats.item() / (math.log(2) * nbytes.item())
@@ -793,13 +832,7 @@ def prepare(num_shards, download_workers):
     if not ledger.exists():
         ledger.write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n")
     data_dir().parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{data_dir()}.lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print("another prepare.py is at work on this dataset: waiting for it", flush=True)
-        held = lock.acquire()
-    with held:  # `with lock` would acquire it a second time and release it once
+    with locked(data_dir()):
         if not verified(num_shards):
             if DATASET in HUB_REPOS:
                 Downloader(HUB_REPOS[DATASET], raw_dir()).fetch_all(hub_files(num_shards), download_workers)
@@ -807,6 +840,8 @@ def prepare(num_shards, download_workers):
     splits = load_manifest()["splits"]
     for split, count in splits.items():
         print(f"{split:8} {count['documents']:10,} documents {count['tokens']:14,} tokens {count['bytes'] / 1e6:9,.1f} MB")
+    share = cropped_share(MAX_SEQ_LEN, Tokenizer.from_directory().get_bos_token_id())
+    print(f"rows of {MAX_SEQ_LEN} tokens: none is lost to cropping, {100 * share:.1f} % of the rows end in a cropped document")
     print(f"ready: {dataset_id()} for profile {PROFILE} in {data_dir()}; now run: uv run train.py")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -156,6 +157,21 @@ def test_every_kind_of_file_below_a_folder_is_read_once_despite_links(folder):
         ["parquet", "jsonl", "second \U0001f680", "txt", "md", "py", "rst"])
 
 
+def test_a_long_text_is_several_documents_that_end_with_lines_and_hold_all_of_it(folder, capsys):
+    """As one document a book is in one split alone, and a folder of one book could not be prepared."""
+    lines = [f"line {i} of a long book\n" for i in range(20_000)]
+    (folder / "book.txt").write_text("".join(lines))
+    (folder / "line.txt").write_text("x" * 500_000)
+    book, line = [], []
+    for text in prepare.folder_documents(folder):
+        (line if set(text) == {"x"} else book).append(text)
+    assert "".join(book) == "".join(lines) and all(text.endswith("book\n") for text in book)
+    assert "".join(line) == "x" * 500_000 and max(map(len, book + line)) <= 2 * prepare.FILE_CHARS
+    (folder / "book.txt").write_bytes("".join(lines).encode() + b"\xff")
+    assert len(list(prepare.folder_documents(folder))) == len(book) + len(line) - 1
+    assert f"skipped the rest of {folder / 'book.txt'}: not UTF-8" in capsys.readouterr().err
+
+
 def test_a_changed_folder_is_noticed(folder):
     fill(folder)
     prepare.prepare(10, 1)
@@ -294,6 +310,27 @@ def test_a_build_that_dies_leaves_nothing_and_the_next_one_completes(folder, mon
     assert prepare.load_manifest()["splits"]["train"]["documents"] > 300
 
 
+def test_after_sigkill_while_tokenizing_the_next_run_completes_the_same_files(prepared, tmp_path):
+    code = """if True:
+        import os, signal, prepare
+        real = prepare.in_order
+        def dying(*args):
+            for number, item in enumerate(real(*args)):
+                if number == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield item
+        prepare.in_order = dying
+        prepare.prepare(10, 1)
+    """
+    env = dict(AUTORESEARCH_CACHE=str(tmp_path))
+    assert run("-c", code, **env).returncode == -9
+    data = tmp_path / "data" / prepared.data_dir().name
+    assert not data.exists() and (data.with_name(data.name + ".part") / "train.tokens").exists()
+    done = run("prepare.py", **env)
+    assert done.returncode == 0 and f"ready: {prepared.dataset_id()} " in done.stdout
+    assert not data.with_name(data.name + ".part").exists()
+
+
 def test_a_truncated_token_file_is_noticed_and_mended(folder):
     fill(folder)
     prepare.prepare(10, 1)
@@ -372,12 +409,30 @@ def test_batches_are_shifted_int64_that_start_with_bos_and_are_never_rewritten(p
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_batches_on_the_gpu_equal_those_on_the_cpu(prepared, tokenizer):
+def test_a_copy_to_the_gpu_that_is_still_queued_is_not_overwritten(prepared, tokenizer):
     ours, theirs = (prepared.make_dataloader(tokenizer, 16, 256, "train", device) for device in ("cuda", "cpu"))
-    kept = [next(ours)[:2] for _ in range(50)]  # none is read before all are queued
+    torch.cuda._sleep(2**31)  # a second in which no copy can begin
+    kept = [next(ours)[:2] for _ in range(50)]
+    poison = [torch.full((16, 257), 7, dtype=torch.uint16, pin_memory=True) for _ in range(50)]  # where a block is free
+    assert not torch.cuda.current_stream().query(), "the copies had ended before the poison came"
     for inputs, targets in kept:
         want = next(theirs)
         assert torch.equal(inputs.cpu(), want[0]) and torch.equal(targets.cpu(), want[1])
+
+
+def test_the_share_of_cropped_rows_is_that_of_the_rows(folder, capsys):
+    """Documents of 8 bytes leave no room in rows of 8 + BOS: nothing is cropped; with rows of 12, every row is."""
+    fill(folder)
+    prepare.prepare(10, 1)
+    assert re.search(r"rows of 8 tokens: none is lost to cropping, \d+\.\d % of the rows end in a cropped", capsys.readouterr().out)
+    lengths = np.full(64, 8, np.uint32)
+    lengths.tofile(prepare.data_dir() / "val.lengths")
+    np.zeros(512, np.uint16).tofile(prepare.data_dir() / "val.tokens")
+    path = prepare.data_dir() / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"]["val.lengths"]["bytes"], manifest["files"]["val.tokens"]["bytes"] = 256, 1024
+    path.write_text(json.dumps(manifest))
+    assert prepare.cropped_share(8, BOS) == 0 and prepare.cropped_share(12, BOS) > 0.9
 
 
 def test_an_unknown_split_is_refused(tokenizer):
