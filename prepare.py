@@ -841,7 +841,7 @@ def prepare(num_shards, download_workers):
     for split, count in splits.items():
         print(f"{split:8} {count['documents']:10,} documents {count['tokens']:14,} tokens {count['bytes'] / 1e6:9,.1f} MB")
     share = cropped_share(MAX_SEQ_LEN, Tokenizer.from_directory().get_bos_token_id())
-    print(f"rows of {MAX_SEQ_LEN} tokens: none is lost to cropping, {100 * share:.1f} % of the rows end in a cropped document")
+    print(f"rows of {MAX_SEQ_LEN} tokens: none is lost to cropping, {100 * share:.1f} % of the rows end in a cropped piece")
     print(f"ready: {dataset_id()} for profile {PROFILE} in {data_dir()}; now run: uv run train.py")
 
 

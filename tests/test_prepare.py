@@ -406,6 +406,9 @@ def test_batches_are_shifted_int64_that_start_with_bos_and_are_never_rewritten(p
         assert (inputs[:, 0] == tokenizer.get_bos_token_id()).all()
         assert torch.equal(inputs, kept_inputs) and torch.equal(targets, kept_targets)
     assert len({inputs.data_ptr() for inputs, _, _ in batches}) == 5
+    inputs, targets, _ = batches[0]
+    inputs.zero_()
+    assert torch.equal(targets, copies[0][1])  # a model that edits its input does not edit its targets
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -424,7 +427,7 @@ def test_the_share_of_cropped_rows_is_that_of_the_rows(folder, capsys):
     """Documents of 8 bytes leave no room in rows of 8 + BOS: nothing is cropped; with rows of 12, every row is."""
     fill(folder)
     prepare.prepare(10, 1)
-    assert re.search(r"rows of 8 tokens: none is lost to cropping, \d+\.\d % of the rows end in a cropped", capsys.readouterr().out)
+    assert re.search(r"rows of 8 tokens: none is lost to cropping, \d+\.\d % of the rows end in a cropped piece", capsys.readouterr().out)
     lengths = np.full(64, 8, np.uint32)
     lengths.tofile(prepare.data_dir() / "val.lengths")
     np.zeros(512, np.uint16).tofile(prepare.data_dir() / "val.tokens")
