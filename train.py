@@ -16,6 +16,7 @@ import gc
 import math
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ SMEAR = False  # add a learned share of the previous token's embedding to each e
 
 # Batch
 TOTAL_BATCH_SIZE = 2**19  # tokens per optimizer step
-DEVICE_BATCH_SIZE = 128  # rows per forward pass; lower it when out of memory, the total stays the same
+DEVICE_BATCH_SIZE = 128  # rows per forward pass at most, fewer on a small GPU (rows_that_fit); the total stays the same
 LOSS_CHUNK = 2**13  # tokens whose logits exist at the same time
 
 # Optimizer
@@ -79,17 +80,13 @@ def repeat_kv(q, *tensors):
     return [t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in tensors]
 
 
-def window_mask(T, window, device):
-    """(T, T) bool: whether the query in the row sees the key in the column."""
-    distance = torch.arange(T, device=device)[:, None] - torch.arange(T, device=device)
-    return (distance >= 0) & (distance <= window)
-
-
 def sdpa_attention(q, k, v, window):
     """Runs anywhere. An explicit mask, because MPS has leaked future tokens with is_causal in bf16."""
     k, v = repeat_kv(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-    mask = window_mask(q.size(2), window, q.device)
+    position = torch.arange(q.size(2), device=q.device)
+    distance = position[:, None] - position  # of the query in the row from the key in the column
+    mask = (distance >= 0) & (distance <= window)
     if q.device.type == "cpu":  # torch's own is no faster in the whole model and failed a gradient test at window 0
         scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5
         y = scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
@@ -111,7 +108,8 @@ def varlen_attention(q, k, v, window):
 def load_fa3():
     """FlashAttention 3 from the Hub's kernels: the fastest on Hopper. Raises whatever goes wrong."""
     from kernels import get_kernel
-    flash_attn_func = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+    # The branch that version=1 stands for; by this name it is also cached, and found again with HF_HUB_OFFLINE=1
+    flash_attn_func = get_kernel("kernels-community/flash-attn3", revision="v1").flash_attn_func
 
     def fa3_attention(q, k, v, window):
         y = flash_attn_func(q, k, v, causal=True, window_size=(window if window < q.size(1) - 1 else -1, 0))
@@ -120,15 +118,27 @@ def load_fa3():
     return fa3_attention
 
 
+def attempt(what, function):
+    """The result of function(), or None after one printed line that says why `what` is not available."""
+    try:
+        return function()
+    except Exception as error:  # no network, no build for this torch or GPU, no triton, ...: there is another way
+        print(f"{what} is not available: {type(error).__name__}: {error}".splitlines()[0][:200], flush=True)
+
+
 def choose_attention(device):
-    """(name, function) of the fastest attention backend that runs on `device`."""
+    """(name, function) of the fastest attention backend that loads and runs on `device`."""
+    def proven(attend):  # a kernel that is not built for this GPU fails at its first launch
+        q = torch.ones(1, 128, 1, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        attend(q, q, q, 64).sum().backward()
+        return attend
+
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        if torch.cuda.get_device_capability(device) in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0)):
-            try:
-                return "fa3", load_fa3()
-            except Exception as error:  # no network, no build for this torch, another architecture, ...
-                print(f"fa3 is not available ({type(error).__name__}: {str(error).splitlines()[0][:100]}): using varlen")
-        return "varlen", varlen_attention
+        if (8, 0) <= torch.cuda.get_device_capability(device) <= (9, 0):
+            if attend := attempt("fa3", lambda: proven(load_fa3())):
+                return "fa3", attend
+        if attempt("varlen", lambda: proven(varlen_attention)):
+            return "varlen", varlen_attention
     return "sdpa", sdpa_attention
 
 
@@ -168,7 +178,7 @@ def config_from_constants(dtype):
     if HEAD_DIM % 2:
         raise SystemExit(f"HEAD_DIM={HEAD_DIM} must be even: RoPE turns pairs of channels")
     if n_head % QUERIES_PER_KV:
-        raise SystemExit(f"QUERIES_PER_KV={QUERIES_PER_KV} must divide the {n_head} heads (DEPTH*ASPECT_RATIO/HEAD_DIM)")
+        raise SystemExit(f"{QUERIES_PER_KV=} must divide the {n_head} heads (DEPTH*ASPECT_RATIO/HEAD_DIM)")
     return GPTConfig(VOCAB_SIZE, MAX_SEQ_LEN, DEPTH, n_head, n_head // QUERIES_PER_KV, HEAD_DIM,
                      layer_windows(WINDOW_PATTERN, DEPTH, MAX_SEQ_LEN), dtype, BIGRAM_ROWS, SMEAR)
 
@@ -217,7 +227,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.fc, self.proj = Linear(config.model_dim, 4 * config.model_dim), Linear(4 * config.model_dim, config.model_dim)
+        C = config.model_dim
+        self.fc, self.proj = Linear(C, 4 * C), Linear(4 * C, C)
 
     def forward(self, x):
         return self.proj(F.relu(self.fc(x)).square())
@@ -291,7 +302,8 @@ class GPT(nn.Module):
         self.lm_head = Linear(C, V)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
-        angles = torch.arange(config.seq_len)[:, None, None] * 10_000.0 ** -torch.linspace(0, 1, config.head_dim // 2 + 1)[:-1]
+        frequencies = 10_000.0 ** -torch.linspace(0, 1, config.head_dim // 2 + 1)[:-1]
+        angles = torch.arange(config.seq_len)[:, None, None] * frequencies
         self.register_buffer("cos", angles.cos().to(config.dtype), persistent=False)  # (T, 1, D/2)
         self.register_buffer("sin", angles.sin().to(config.dtype), persistent=False)
         self.init_weights()
@@ -324,7 +336,8 @@ class GPT(nn.Module):
             x = x + self.bigram((before * 36313 ^ inputs * 27191) % self.config.bigram_rows)
         if self.config.smear:
             x = x + self.smear * F.pad(x, (0, 0, 1, -1))  # the position before
-        x = x0 = norm(x.to(self.config.dtype))
+        x0 = norm(x.to(self.config.dtype))
+        x = x0.view_as(x0)  # not the same object, for which the first block would be compiled once more
         for i, block in enumerate(self.blocks):
             ve = self.value_embeds[str(i)](inputs).to(x.dtype) if str(i) in self.value_embeds else None
             x = block(x, x0, ve, self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype), cos, sin)
@@ -334,10 +347,12 @@ class GPT(nn.Module):
         return softcap(self.lm_head(self.trunk(inputs)))
 
     def loss(self, inputs, targets):
-        return ChunkedLoss.apply(self.head_loss, self.trunk(inputs).flatten(0, 1), self.lm_head.weight, targets.flatten())
+        x = self.trunk(inputs).flatten(0, 1)  # (N, C)
+        return ChunkedLoss.apply(self.head_loss, x, self.lm_head.weight, targets.flatten())
 
     def compile(self):
         """Compile block by block: layers of the same kind share their code."""
+        torch._dynamo.config.recompile_limit = 64  # kinds of layers, with and without gradients; those over 8 ran eagerly
         for block in self.blocks:
             block.compile(dynamic=False)
         self.head_loss = torch.compile(head_loss, dynamic=False)
@@ -346,8 +361,7 @@ class GPT(nn.Module):
 def parameter_groups(model):
     """{group: parameters}: the one partition behind the optimizer, the counts and the FLOPs."""
     groups = {
-        "embedding": [model.wte.weight, *(table.weight for table in model.value_embeds.values())],
-        "bigram": [model.bigram.weight] if model.config.bigram_rows else [],
+        "embedding": [table.weight for table in model.modules() if isinstance(table, nn.Embedding)],
         "smear": [model.smear] if model.config.smear else [],
         "lm_head": [model.lm_head.weight],
         "matrix": list(model.blocks.parameters()),
@@ -392,12 +406,10 @@ def orthogonalize(g, steps, dtype):
 
 
 def muon_update(p, g, momentum_buffer, second_moment, lr, weight_decay, momentum, beta2, steps, dtype):
-    """One Muon step on stacked matrices (n, rows, cols), in place; returns the new p.
+    """One Muon step on stacked matrices (n, rows, cols): changes the buffers in place, returns the new p.
 
-    Nesterov momentum, orthogonalisation, NorMuon (Li et al. 2025): the update is divided by a running
-    root mean square of each row (of each column where there are fewer rows than columns, whose rows are
-    all alike after orthogonalisation) and scaled back to its norm. Cautious decay: only where update
-    and weight have the same sign.
+    Nesterov momentum, orthogonalisation, NorMuon (Li et al. 2025: divide each row by its running root mean square, or
+    each column where rows are fewer and so all alike, and keep the norm), decay where update and weight agree in sign.
     """
     momentum_buffer.mul_(momentum).add_(g * (1 - momentum))
     u = orthogonalize(momentum * momentum_buffer + (1 - momentum) * g, steps, dtype).float()
@@ -415,59 +427,52 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {})
         self.dtype, self.muon_update = dtype, muon_update
         for group in self.param_groups:
-            for p in group["params"]:
-                if group["kind"] == "adamw":
+            params = group["params"]
+            if group["kind"] == "adamw":
+                for p in params:
                     self.state[p] = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p),
                                          step=torch.zeros((), device=p.device))
-            if group["kind"] == "muon":  # matrices of one shape, stacked
-                stack = torch.zeros(len(group["params"]), *group["params"][0].shape, device=group["params"][0].device)
-                rows = stack.size(-2) >= stack.size(-1)
-                self.state[group["params"][0]] = dict(momentum_buffer=stack,
-                                                      second_moment=torch.zeros_like(stack[..., :1] if rows else stack[:, :1]))
+            else:  # matrices of one shape, stacked
+                zeros = torch.zeros(len(params), *params[0].shape, device=params[0].device)
+                axis = -1 if zeros.size(-2) >= zeros.size(-1) else -2
+                self.state[params[0]] = dict(momentum_buffer=zeros, second_moment=zeros.mean(axis, keepdim=True))
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             params, state = group["params"], [self.state[p] for p in group["params"]]
             if group["kind"] == "adamw":
+                beta1, beta2 = group["betas"]
                 adamw(params, [p.grad for p in params], [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state],
                       [], [s["step"] for s in state], fused=True, amsgrad=False, maximize=False, lr=group["lr"],
-                      beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], weight_decay=group["weight_decay"])
+                      beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
             else:
                 rows, cols = params[0].shape
-                scalar = functools.partial(torch.tensor, dtype=torch.float32)  # a tensor, so that no value is compiled in
+                scalar = functools.partial(torch.tensor, dtype=torch.float32)  # so that no value is compiled in
                 new = self.muon_update(
                     torch.stack(params), torch.stack([p.grad for p in params]), state[0]["momentum_buffer"],
                     state[0]["second_moment"], scalar(group["lr"] * max(1, rows / cols) ** 0.5),
                     scalar(group["weight_decay"]), scalar(group["momentum"]), group["beta2"], POLAR_STEPS, self.dtype)
                 torch._foreach_copy_(params, list(new.unbind()))
 
-    def tensors(self):
-        """All tensors of the state."""
-        return [tensor for state in self.state.values() for tensor in state.values()]
-
 
 def make_optimizer(model):
-    groups = parameter_groups(model)
     adam_scale = (model.config.model_dim / 768) ** -0.5  # Adam's learning rates were tuned at 768
     adam = dict(kind="adamw", betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0)
     options = {
         "embedding": adam | dict(lr=EMBEDDING_LR * adam_scale),
-        "bigram": adam | dict(lr=EMBEDDING_LR * adam_scale),
         "smear": adam | dict(lr=SCALAR_LR * 0.1),
         "lm_head": adam | dict(lr=UNEMBEDDING_LR * adam_scale),
         "resid_lambdas": adam | dict(lr=SCALAR_LR * 0.01),
         "x0_lambdas": adam | dict(lr=SCALAR_LR, betas=(0.96, 0.95)),
         "matrix": dict(kind="muon", lr=MATRIX_LR, beta2=0.95, momentum=0.0, weight_decay=0.0),
     }
-    split = []
-    for name, params in groups.items():
-        shapes = {p.shape if name == "matrix" else None for p in params}
-        for shape in sorted(shapes, key=str):
-            split.append(options[name] | dict(params=[p for p in params if shape in (None, p.shape)]))
-    for group in split:
-        group["initial_lr"] = group["lr"]
-    return MuonAdamW(split, model.config.dtype)
+    split = {}  # Muon stacks matrices of one shape
+    for name, params in parameter_groups(model).items():
+        for p in params:
+            new = options[name] | dict(params=[], initial_lr=options[name]["lr"])
+            split.setdefault((name, p.shape if name == "matrix" else None), new)["params"].append(p)
+    return MuonAdamW(list(split.values()), model.config.dtype)
 
 
 # ---------------------------------------------------------------------------
@@ -503,10 +508,6 @@ PEAK_FLOPS = {  # dense bf16, by a part of the GPU's name
 }
 
 
-def peak_flops(device_name):
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), 0.0)
-
-
 def choose_device():
     """(device, its name, the dtype of activations): bf16 where the hardware multiplies it, else float32."""
     if PROFILE == "full" and torch.cuda.is_available():
@@ -527,17 +528,40 @@ def keep_freed_memory():
         libc.mallopt(-2, 2**28)  # M_TOP_PAD
 
 
+def keep_compiled_code(folder, limit=2 * 10**9):
+    """Keep torch.compile's work in `folder` (/tmp goes with a reboot), without its oldest files beyond `limit` bytes.
+    Runs may share it: torch and triton rename finished files into place and make again what is missing."""
+    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")  # FlashAttention 3 is one
+    with contextlib.suppress(OSError):  # read-only: torch's folder in /tmp; a file is gone: another run deletes too
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        files = [(path.stat(), path) for path in folder.rglob("*") if path.is_file()]
+        for stat, path in sorted(files, key=lambda file: -file[0].st_mtime):
+            limit -= stat.st_size
+            if limit < 0:
+                path.unlink()
+
+
 def can_compile(device):
     """Whether to torch.compile: on CUDA, if triton works. On two CPU cores the tiny model ran at 16.7 k tokens/s
     compiled, after 62 s of start-up, and at 17.6 k eagerly."""
-    if device.type != "cuda" or os.environ.get("TORCH_COMPILE_DISABLE") == "1":
-        return False
-    try:
-        torch.compile(lambda x: x * 2 + 1)(torch.ones(64, device=device))
-        return True
-    except (RuntimeError, ImportError, OSError) as error:
-        print(f"torch.compile does not work here ({str(error).splitlines()[0][:100]}): running eagerly, slower")
-        return False
+    probe = lambda: torch.compile(torch.sin)(torch.ones(64, device=device))
+    return device.type == "cuda" and attempt("torch.compile", probe) is not None
+
+
+def rows_that_fit(model, memory):
+    """DEVICE_BATCH_SIZE, halved until training takes no more than so many bytes of GPU memory."""
+    # Kept for each token: what goes into and comes out of the blocks' matmuls and a tenth more; at work besides: 16 C.
+    # That makes 174 C elements at 8 layers, where 172 C were counted, tensor by tensor, without torch.compile.
+    matmuls = sum(m.in_features + m.out_features for m in model.blocks.modules() if isinstance(m, Linear))
+    row = model.config.seq_len * (1.1 * matmuls + 16 * model.config.model_dim) * model.config.dtype.itemsize
+    # Weights, gradients, two moments and warm_up's three copies; for each logit of a chunk 16 bytes
+    fixed = 7 * sum(p.nbytes for p in model.parameters()) + 16 * LOSS_CHUNK * model.config.vocab_size
+    rows = DEVICE_BATCH_SIZE
+    while rows % 2 == 0 and fixed + rows * row > 0.9 * memory - 1e9:  # the rest is for CUDA itself, a desktop and gaps
+        rows //= 2
+    return rows
 
 
 def train_step(model, optimizer, batch, next_batch, grad_accum_steps):
@@ -555,7 +579,7 @@ def train_step(model, optimizer, batch, next_batch, grad_accum_steps):
 
 def warm_up(model, optimizer, shape, device):
     """Compile and allocate everything with one step on random tokens, then undo what it did."""
-    tensors = [*model.parameters(), *optimizer.tensors()]
+    tensors = [*model.parameters(), *(tensor for state in optimizer.state.values() for tensor in state.values())]
     saved = [tensor.detach().clone() for tensor in tensors]
     tokens = torch.randint(VOCAB_SIZE, (2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
     set_schedules(optimizer, 0.0, 0)
@@ -566,35 +590,19 @@ def warm_up(model, optimizer, shape, device):
     return loss.item()  # waits for the device
 
 
-def start_reading(loss):
+def start_reading(loss, step):
     """Begin to copy a loss to the host; the function returned waits for that copy alone, not for later work."""
     host = loss.to("cpu", non_blocking=loss.is_cuda)
-    copied = torch.cuda.Event() if loss.is_cuda else None
-    if copied:
-        copied.record()
+    copied = torch.cuda.current_stream().record_event() if loss.is_cuda else None
 
     def read():
         if copied:
             copied.synchronize()
+        if not host.item() <= 100:  # NaN too
+            raise SystemExit(f"FAIL: loss is {host.item()} at step {step}")
         return host.item()
 
     return read
-
-
-def check_loss(loss, step):
-    if not loss <= 100:  # NaN too
-        raise SystemExit(f"FAIL: loss is {loss} at step {step}")
-    return loss
-
-
-def show(line):
-    """A progress line: rewritten in place on a terminal, a line of its own in a file."""
-    print(f"\r{line:<110}" if sys.stdout.isatty() else line, end="" if sys.stdout.isatty() else "\n", flush=True)
-
-
-def synchronize(device):
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def peak_memory_mb(device):
@@ -614,16 +622,13 @@ def main():
         raise SystemExit(f"SEED={seed} must be a whole number")
     torch.manual_seed(int(seed))
     torch.set_float32_matmul_precision("high")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.CACHE / "compiled"))  # survives a reboot, /tmp does not
+    keep_compiled_code(prepare.CACHE / "compiled")
     if device.type == "cpu":
         keep_freed_memory()
     if TOTAL_BATCH_SIZE % (DEVICE_BATCH_SIZE * MAX_SEQ_LEN):
-        raise SystemExit(f"TOTAL_BATCH_SIZE={TOTAL_BATCH_SIZE} must be a multiple of DEVICE_BATCH_SIZE * MAX_SEQ_LEN = "
-                         f"{DEVICE_BATCH_SIZE * MAX_SEQ_LEN}")
-    grad_accum_steps = TOTAL_BATCH_SIZE // (DEVICE_BATCH_SIZE * MAX_SEQ_LEN)
+        raise SystemExit(f"{TOTAL_BATCH_SIZE=} must be a multiple of {DEVICE_BATCH_SIZE=} * {MAX_SEQ_LEN=}")
 
     tokenizer = Tokenizer.from_directory()
-    loader = make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN, "train", device)
     attention, attend = choose_attention(device)
     model = GPT(config_from_constants(dtype), attend).to(device)
     if device.type == "cuda":
@@ -631,36 +636,43 @@ def main():
             table.to(torch.bfloat16)  # gradients and Adam's state too: half the traffic
     optimizer = make_optimizer(model)
     num_params = sum(p.numel() for p in model.parameters())
-    flops, peak = flops_per_token(model), peak_flops(device_name)
-    print(f"{device_name} | {attention} | {PROFILE} | {dataset_id()} | {num_params / 1e6:.1f} M parameters", flush=True)
+    flops = flops_per_token(model)
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), math.inf)
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    rows = rows_that_fit(model, memory)
+    grad_accum_steps = TOTAL_BATCH_SIZE // (rows * MAX_SEQ_LEN)
+    loader = make_dataloader(tokenizer, rows, MAX_SEQ_LEN, "train", device)
+    print(f"{device_name} | {attention} | {PROFILE} | {dataset_id()} | {num_params / 1e6:.1f} M parameters | "
+          f"{rows} rows x {grad_accum_steps}", flush=True)
 
     if can_compile(device):
         model.compile()
         optimizer.muon_update = torch.compile(muon_update, dynamic=False)
-    warm_up(model, optimizer, (DEVICE_BATCH_SIZE, MAX_SEQ_LEN), device)
+    warm_up(model, optimizer, (rows, MAX_SEQ_LEN), device)
     batch = next(loader)
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection in mid-run stalls the queue of a GPU
     print(f"ready to train after {time.perf_counter() - START:.1f} s", flush=True)
 
-    step, elapsed, smooth, shown, read_loss = 0, 0.0, 0.0, -math.inf, None
+    step, elapsed, smooth, shown, read_loss, tty = 0, 0.0, 0.0, -math.inf, None, sys.stdout.isatty()
     begin = time.perf_counter()
     while elapsed < TIME_BUDGET:
         set_schedules(optimizer, elapsed / TIME_BUDGET, step)
         loss, batch = train_step(model, optimizer, batch, lambda: next(loader), grad_accum_steps)
-        read_previous, read_loss = read_loss, start_reading(loss)
-        loss = check_loss((read_previous or read_loss)(), max(0, step - 1))
+        read_previous, read_loss = read_loss, start_reading(loss, step)
+        loss = (read_previous or read_loss)()
         step += 1
         elapsed = time.perf_counter() - begin
         smooth = 0.9 * smooth + 0.1 * loss
-        if sys.stdout.isatty() or elapsed - shown >= TIME_BUDGET / 50:
+        if tty or elapsed - shown >= TIME_BUDGET / 50:  # a line rewritten in place, or at most 50 lines in a file
             shown = elapsed
             rate = step * TOTAL_BATCH_SIZE / elapsed
-            show(f"step {step:5} | {100 * elapsed / TIME_BUDGET:5.1f} % | loss {smooth / (1 - 0.9**step):.4f} | {rate:,.0f} tok/s | "
-                 f"mfu {100 * rate * flops / peak if peak else 0:.1f} % | epoch {batch[2]} | {max(0, TIME_BUDGET - elapsed):.0f} s left")
-    check_loss(read_loss(), step - 1)
-    synchronize(device)
+            line = (f"step {step:5} | {100 * elapsed / TIME_BUDGET:5.1f} % | loss {smooth / (1 - 0.9**step):.4f} | "
+                    f"{rate:,.0f} tok/s | mfu {100 * rate * flops / peak:.1f} % | epoch {batch[2]} | "
+                    f"{max(0, TIME_BUDGET - elapsed):.0f} s left")
+            print(f"\r{line:<110}" if tty else line, end="" if tty else "\n", flush=True)
+    read_loss()  # waits for the last step
     training_seconds = time.perf_counter() - begin
     gc.enable()
 
@@ -674,20 +686,16 @@ def main():
         "training_seconds": f"{training_seconds:.1f}",
         "total_seconds": f"{time.perf_counter() - START:.1f}",
         "peak_vram_mb": f"{peak_memory_mb(device):.1f}",
-        "mfu_percent": f"{100 * tokens * flops / training_seconds / peak if peak else 0:.2f}",
+        "mfu_percent": f"{100 * tokens * flops / training_seconds / peak:.2f}",
         "total_tokens_M": f"{tokens / 1e6:.1f}",
         "num_steps": step,
         "num_params_M": f"{num_params / 1e6:.1f}",
-        "depth": DEPTH,
-        "seed": seed,
-        "device": device_name,
-        "attention": attention,
-        "profile": PROFILE,
-        "dataset": dataset_id(),
+        "depth": DEPTH, "seed": seed, "device": device_name,
+        "attention": attention, "profile": PROFILE, "dataset": dataset_id(),
     }
     if os.environ.get("AUTORESEARCH_HOLDOUT") == "1":
         summary["holdout_bpb"] = f"{evaluate_bpb(model, tokenizer, eval_batch_size, 'holdout'):.6f}"
-    print("\n---" if sys.stdout.isatty() else "---")
+    print("\n---" if tty else "---")
     for key, value in summary.items():
         print(f"{key + ':':<17} {value}")
     return summary
@@ -701,5 +709,5 @@ if __name__ == "__main__":
     except RuntimeError as error:  # torch.OutOfMemoryError is one, and what the CPU and MPS raise
         if "out of memory" not in str(error).lower() and "allocate memory" not in str(error):
             raise
-        raise SystemExit(f"FAIL: out of memory with DEVICE_BATCH_SIZE={DEVICE_BATCH_SIZE}: halve it, "
+        raise SystemExit(f"FAIL: out of memory with {DEVICE_BATCH_SIZE=}: set it to half the rows of the first line, "
                          "TOTAL_BATCH_SIZE stays the same") from None

@@ -1,6 +1,10 @@
 """Model, attention, optimizer, schedules and the loop."""
 
+import bisect
+import json
 import math
+import os
+import platform
 import subprocess
 import sys
 import types
@@ -73,7 +77,7 @@ def test_attention_equals_naive_attention(name, device, window, n_kv_head):
     grads = torch.autograd.grad((y.cpu().double() * weights).sum(), (q, k, v))
     exact = [t.detach().cpu().double().requires_grad_() for t in (q, k, v)]
     kv_heads = torch.arange(4) * n_kv_head // 4
-    mask = train.window_mask(64, window, torch.device("cpu"))
+    mask = torch.ones(64, 64).tril().triu(-window).bool()
     scores = torch.einsum("bqhd,bkhd->bhqk", exact[0], exact[1][:, :, kv_heads]) / 8
     reference = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~mask, -math.inf).softmax(-1), exact[2][:, :, kv_heads])
     torch.testing.assert_close(reference.detach(), naive_attention(*exact, window).detach())
@@ -124,27 +128,95 @@ def test_layer_windows_tile_the_pattern_and_end_in_full_context():
         train.layer_windows("SXL", 6, 64)
 
 
-def test_a_missing_fa3_falls_back_with_one_line_that_says_why(monkeypatch, capsys):
-    def fail():
-        raise FileNotFoundError("no build for this torch")
-    monkeypatch.setattr(train, "load_fa3", fail)
+REPO_ID = "kernels-community/flash-attn3"
+KERNEL = """
+calls = []
+def flash_attn_func(q, k, v, **options):
+    calls.append(options)
+    return q * 1, None
+"""
+
+
+def write_kernel(folder, code=KERNEL, variant="torch-universal", **metadata):
+    """A kernel as the `kernels` package finds it in a folder or a snapshot of the Hub."""
+    build = folder / "build" / variant
+    build.mkdir(parents=True)
+    (build / "__init__.py").write_text(code)
+    described = {"id": f"kernel_{os.urandom(4).hex()}", "name": "flash-attn3", "version": 1, "license": "mit",
+                 "python-depends": [], "backend": {"type": "cuda", "archs": ["8.0", "9.0a"]}}
+    (build / "metadata.json").write_text(json.dumps(described | metadata))
+    return folder
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The CPU posing as an H100, as far as choosing an attention asks; varlen is one that runs here."""
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device, **options: ones(*shape, **options))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(train, "varlen_attention", lambda q, k, v, window: q * 1)
+    return monkeypatch
+
+
+def test_fa3_loads_from_a_local_kernel_and_is_launched_with_the_window(hopper, tmp_path):
+    hopper.setenv("LOCAL_KERNELS", f"{REPO_ID}={write_kernel(tmp_path)}")
     name, attend = train.choose_attention(torch.device("cuda"))
-    assert (name, attend) == ("varlen", train.varlen_attention)
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1 and "FileNotFoundError: no build for this torch" in printed
-
-
-def test_fa3_is_asked_for_by_version_and_called_with_the_window(monkeypatch):
-    calls = []
-    kernel = types.SimpleNamespace(flash_attn_func=lambda q, k, v, **options: calls.append(options) or (q, None))
-    monkeypatch.setattr("kernels.get_kernel", lambda repo, **options: calls.append((repo, options)) or kernel)
-    attend, q = train.load_fa3(), torch.zeros(1, 16, 2, 8)
-    assert attend(q, q, q, 4) is q
+    q = torch.zeros(1, 16, 2, 8)
+    assert name == "fa3" and attend(q, q, q, 4).shape == q.shape
     attend(q, q, q, 15)
-    assert calls == [("kernels-community/flash-attn3", {"version": 1}),
+    calls = attend.__closure__[0].cell_contents.__globals__["calls"]
+    assert calls == [{"causal": True, "window_size": (64, 0)},  # the trial
                      {"causal": True, "window_size": (4, 0)}, {"causal": True, "window_size": (-1, 0)}]
+
+
+def test_fa3_is_found_offline_in_the_cache_that_an_online_run_leaves(hopper, tmp_path):
+    """The cache knows the kernel by the name it was asked for: version=1 would leave a commit without a name."""
+    asked = []
+    with hopper.context() as online:
+        online.setattr("kernels.get_kernel", lambda repo, **options: asked.append(options) or types.SimpleNamespace(flash_attn_func=None))
+        train.load_fa3()
+    cached, commit = tmp_path / "kernels--kernels-community--flash-attn3", "0" * 40
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / asked[0]["revision"]).write_text(commit)
+    write_kernel(cached / "snapshots" / commit)
+    hopper.setattr("kernels.resolver.CACHE_DIR", str(tmp_path))
+    hopper.setenv("KERNELS_CACHE", str(tmp_path))
+    assert train.choose_attention(torch.device("cuda"))[0] == "fa3"
+
+
+@pytest.mark.parametrize("kernel, reason", [
+    (None, "FileNotFoundError: Cannot find a local snapshot"),  # no network: the tests run with HF_HUB_OFFLINE
+    ("untrusted", "ValueError: Kernel repository 'kernels-community/flash-attn3' is not from a trusted publisher"),
+    (dict(variant=f"torch25-cxx11-cu118-{platform.machine()}-linux"), "FileNotFoundError: Cannot find a build variant for this"),
+    (dict(backend={"type": "cuda", "archs": ["10.0"]}), "RuntimeError: Kernel 'flash-attn3' variant 'torch-universal' does not"),
+    (dict(code="import of_nothing"), "ModuleNotFoundError: No module named 'of_nothing'"),
+    (dict(code=""), "AttributeError: module"),
+    (dict(code="def flash_attn_func(*_, **__): raise RuntimeError('no kernel image is available')"), "RuntimeError: no kernel image"),
+    (dict(code="def flash_attn_func(*_, **__): raise TimeoutError"), "TimeoutError: "),
+], ids=["not cached", "untrusted", "torch", "architecture", "dependency", "attribute", "first launch", "no message"])
+def test_whatever_is_wrong_with_fa3_is_one_printed_line_and_varlen(hopper, tmp_path, capsys, kernel, reason):
+    if kernel is None:
+        hopper.setattr("kernels.resolver.CACHE_DIR", str(tmp_path))
+    elif kernel == "untrusted":
+        hopper.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        hopper.setattr("huggingface_hub.HfApi.get_organization_overview", lambda *_: types.SimpleNamespace())
+    else:
+        hopper.setenv("LOCAL_KERNELS", f"{REPO_ID}={write_kernel(tmp_path, **kernel)}")
+    assert train.choose_attention(torch.device("cuda")) == ("varlen", train.varlen_attention)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"fa3 is not available: {reason}") and printed.count("\n") == 1
+
+
+def test_without_fa3_and_varlen_attention_is_sdpa(hopper, capsys):
+    def fail(*_):
+        raise RuntimeError("not built with FlashAttention")
+    hopper.setattr(train, "varlen_attention", fail)
+    hopper.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))  # for which there is no fa3
+    assert train.choose_attention(torch.device("cuda")) == ("sdpa", train.sdpa_attention)
+    assert capsys.readouterr().out == "varlen is not available: RuntimeError: not built with FlashAttention\n"
 
 
 # --- model
@@ -348,7 +420,8 @@ def test_the_holdout_is_printed_only_on_demand(short_run, capsys):
 def test_warm_up_leaves_weights_optimizer_and_random_state_as_they_were():
     model = small_model(vocab_size=prepare.VOCAB_SIZE)
     optimizer = train.make_optimizer(model)
-    tensors = [*model.parameters(), *optimizer.tensors(), torch.get_rng_state()]
+    states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+    tensors = [*model.parameters(), *states, torch.get_rng_state()]
     before = [tensor.detach().clone() for tensor in tensors]
     train.warm_up(model, optimizer, (2, 16), torch.device("cpu"))
     for tensor, value in zip([*tensors[:-1], torch.get_rng_state()], before):
@@ -391,7 +464,7 @@ def test_a_loss_that_explodes_stops_the_run_with_its_step(short_run, value):
 
 def test_a_batch_that_cannot_be_split_is_refused(short_run):
     short_run.setattr(train, "TOTAL_BATCH_SIZE", 1000)
-    with pytest.raises(SystemExit, match=r"TOTAL_BATCH_SIZE=1000 must be a multiple of .* 512"):
+    with pytest.raises(SystemExit, match=r"TOTAL_BATCH_SIZE=1000 must be a multiple of DEVICE_BATCH_SIZE=2 \* MAX_SEQ_LEN="):
         train.main()
 
 
@@ -466,3 +539,163 @@ def test_without_triton_the_run_goes_on_eagerly_after_one_line(monkeypatch, caps
     monkeypatch.setattr(torch, "ones", lambda n, device: None)
     assert train.can_compile(torch.device("cuda")) is False
     assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_nothing_is_compiled_after_warm_up(monkeypatch):
+    """Schedules change the learning rates at every step; windows and value embeddings make five kinds of layers."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="aot_eager", **options))  # no compiler needed
+    torch._dynamo.reset()
+    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
+        model = small_model(vocab_size=prepare.VOCAB_SIZE, n_layer=6, windows=[3, 4, 5, 6, 7, 4])
+        optimizer = train.make_optimizer(model)
+        model.compile()
+        optimizer.muon_update = torch.compile(train.muon_update, dynamic=False)
+        before = graphs()
+        train.warm_up(model, optimizer, (2, 16), torch.device("cpu"))
+        warm = graphs()
+        shapes = {p.shape for p in model.blocks.parameters()}
+        assert warm - before == 5 + 1 + len(shapes)  # blocks of one kind are compiled once; the loss; Muon by shape
+        batch = torch.randint(prepare.VOCAB_SIZE, (2, 2, 16))
+        for step in range(4):
+            train.set_schedules(optimizer, step / 4, step)
+            train.train_step(model, optimizer, batch, lambda: batch, 2)
+        assert graphs() == warm
+        with torch.no_grad():  # the evaluation compiles once, for its own shape; 10 kinds are over torch's limit of 8
+            for _ in range(3):
+                model(torch.randint(prepare.VOCAB_SIZE, (1, 16)))
+        assert graphs() == warm + 5
+    torch._dynamo.reset()
+
+
+def test_a_step_never_waits_for_the_device():
+    """Tensors on the meta device have no values: whatever would read one on the host raises."""
+    with torch.device("meta"):
+        model = train.GPT(small_config(bigram_rows=64, smear=True), train.sdpa_attention)
+    optimizer, batch = train.make_optimizer(model), torch.zeros(2, 2, 16, dtype=torch.long, device="meta")
+    for step in range(2):
+        train.set_schedules(optimizer, step / 2, step)
+        loss, _ = train.train_step(model, optimizer, batch, lambda: batch, 2)
+    assert loss.is_meta
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()
+
+
+# --- memory and the compile cache
+
+
+@pytest.fixture
+def full_model(monkeypatch):
+    """The model of the full profile, without memory."""
+    monkeypatch.setattr(train, "LOSS_CHUNK", 2**13)
+    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 128)
+
+    def build(n_layer=8, n_head=4, n_kv_head=None):
+        config = train.GPTConfig(8192, 2048, n_layer, n_head, n_kv_head or n_head, 128,
+                                 train.layer_windows("SSSL", n_layer, 2048), torch.bfloat16, 0, False)
+        with torch.device("meta"):
+            return train.GPT(config, None)
+    return build
+
+
+def test_rows_that_fit_grow_with_the_memory_of_the_gpu(full_model):
+    model = full_model()
+    rows = {gigabytes: train.rows_that_fit(model, gigabytes * 10**9) for gigabytes in (8, 12, 16, 24, 48, 80, 141)}
+    assert rows == {8: 8, 12: 16, 16: 16, 24: 32, 48: 64, 80: 128, 141: 128}
+    for gigabytes, count in rows.items():
+        assert 2**19 % (count * 2048) == 0
+        peak = 2.0 + 45.1 / 128 * count  # GB: counted tensor by tensor at 128 and 64 rows without torch.compile
+        assert peak < 0.9 * gigabytes - 0.5
+    assert train.rows_that_fit(model, math.inf) == 128 and train.rows_that_fit(model, 0) == 1
+    assert train.rows_that_fit(full_model(n_layer=16, n_head=8), 80 * 10**9) == 32
+
+
+@pytest.mark.parametrize("n_layer, n_head, n_kv_head", [(8, 4, 4), (2, 4, 4), (8, 4, 1), (4, 8, 4)])
+def test_the_formula_for_rows_covers_what_autograd_keeps(monkeypatch, n_layer, n_head, n_kv_head):
+    """Bytes kept per token, of a small model: with the norm and the attention that CUDA has, which keep less than the CPU's."""
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            rms = x.float().square().mean(-1, keepdim=True).rsqrt()
+            ctx.save_for_backward(x, rms)
+            return (x * rms).to(x.dtype)
+
+    def attend(q, k, v, window):
+        k, v = train.repeat_kv(q, k, v)
+        return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
+
+    monkeypatch.setattr(train, "norm", Norm.apply)
+    model = train.GPT(small_config(n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, head_dim=32, seq_len=61,
+                                   windows=[60] * n_layer, dtype=torch.bfloat16), attend)
+    parameters, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.numel() % (17 * 61) == 0 and tensor.untyped_storage().data_ptr() not in parameters:  # grows with the tokens
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.trunk(torch.randint(50, (17, 61)))
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 17
+    monkeypatch.setattr(train, "DEVICE_BATCH_SIZE", 2**20)
+    memory = bisect.bisect(range(2**60), False, key=lambda memory: train.rows_that_fit(model, memory) == 2**20)
+    assert 0.7 < measured / (0.9 * memory / 2**20) < 1
+
+
+def cache_files(folder, *sizes):
+    """Files of these sizes, the first the oldest."""
+    for age, size in enumerate(sizes):
+        path = folder / f"{age:02}" / f"file{age}"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(bytes(size))
+        os.utime(path, (age, age))
+    return [path.name for path in sorted(folder.rglob("file*"))]
+
+
+@pytest.fixture
+def no_cache_variables(monkeypatch):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD"):
+        monkeypatch.setenv(name, "")  # so that the end of the test takes away what the test sets
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_the_compile_cache_is_kept_below_its_limit_by_deleting_the_oldest_files(no_cache_variables, tmp_path):
+    cache_files(tmp_path / "compiled", 400, 300, 200, 100)
+    train.keep_compiled_code(tmp_path / "compiled", limit=350)
+    assert sorted(path.name for path in (tmp_path / "compiled").rglob("file*")) == ["file2", "file3"]
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+
+
+def test_two_runs_may_delete_from_the_compile_cache_at_once(no_cache_variables, tmp_path):
+    cache_files(tmp_path, *[10] * 20)
+    unlink = train.prepare.Path.unlink
+    no_cache_variables.setattr(train.prepare.Path, "unlink", lambda path: [unlink(path), unlink(path)])  # another was faster
+    train.keep_compiled_code(tmp_path, limit=50)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
+
+
+def test_a_read_only_cache_leaves_torchs_own_compile_cache(no_cache_variables, tmp_path):
+    def read_only(dir):
+        raise OSError(30, "Read-only file system")
+    no_cache_variables.setattr(train.tempfile, "TemporaryFile", read_only)
+    train.keep_compiled_code(tmp_path)
+    (tmp_path / "file").touch()
+    train.keep_compiled_code(tmp_path / "file" / "compiled")  # a folder that cannot be made
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_a_cache_folder_set_by_the_user_is_respected(no_cache_variables, tmp_path):
+    no_cache_variables.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    train.keep_compiled_code(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
+
+
+def test_torch_reads_the_cache_variables_after_they_are_set():
+    """It reads one of them when torch._functorch.config is imported: nothing may import that before main() sets it."""
+    code = ("import os, sys, torch, prepare, train\n"
+            "def stop(): print('torch._functorch.config' in sys.modules, 'torch._inductor' in sys.modules); sys.exit()\n"
+            "train.keep_compiled_code = lambda folder: stop()\ntrain.start_watchdog = lambda: None\ntrain.main()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=prepare.Path(train.__file__).parent, capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
