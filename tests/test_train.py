@@ -412,9 +412,10 @@ def test_a_run_prints_every_summary_key_once_and_in_order(short_run, tmp_path, c
     assert set(torch.load(tmp_path / "model.pt")) >= {"wte.weight", "lm_head.weight", "resid_lambdas"}
 
 
-def test_the_holdout_is_printed_only_on_demand(short_run, capsys):
+def test_the_holdout_is_printed_after_val_bpb_and_only_on_demand(short_run, capsys):
     short_run.setenv("AUTORESEARCH_HOLDOUT", "1")
-    assert float(train.main()["holdout_bpb"]) > 0
+    summary = train.main()
+    assert list(summary) == ["val_bpb", "holdout_bpb", *SUMMARY[1:]] and summary["holdout_bpb"] != summary["val_bpb"]
 
 
 def test_warm_up_leaves_weights_optimizer_and_random_state_as_they_were():
@@ -435,7 +436,7 @@ def test_the_clock_counts_every_step_and_stops_at_the_first_one_past_the_budget(
     real = train.train_step
 
     def step(*args):
-        now[0] += 7.0
+        now[0] += 6.2
         return real(*args)
 
     short_run.setattr(train, "TIME_BUDGET", 30.0)
@@ -444,8 +445,24 @@ def test_the_clock_counts_every_step_and_stops_at_the_first_one_past_the_budget(
     set_schedules = train.set_schedules
     short_run.setattr(train, "set_schedules", lambda o, p, s: progress.append((p, s)) or set_schedules(o, p, s))
     summary = train.main()
-    assert summary["num_steps"] == 5 and summary["training_seconds"] == "35.0"
-    assert progress == [(0.0, 0)] + [(pytest.approx(7 * i / 30), i) for i in range(5)]  # the first is the warm-up
+    assert summary["num_steps"] == 5 and summary["training_seconds"] == "31.0"
+    assert summary["total_tokens_M"] == f"{5 * 1024 / 1e6:.1f}"
+    assert progress == [(0.0, 0)] + [(pytest.approx(6.2 * i / 30), i) for i in range(5)]  # the first is the warm-up
+
+
+def test_a_batch_so_huge_that_its_last_step_overruns_the_budget_gives_no_number(short_run):
+    """Two steps of 290 s would have trained for twice the time."""
+    now, real = [0.0], train.train_step
+
+    def step(*args):
+        now[0] += 290.0
+        return real(*args)
+
+    short_run.setattr(train, "TIME_BUDGET", 300.0)
+    short_run.setattr(train, "train_step", step)
+    short_run.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    with pytest.raises(SystemExit, match="^FAIL: 580 s of training, a step takes 290 s: lower TOTAL_BATCH_SIZE=1024 or"):
+        train.main()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 101.0])
