@@ -467,7 +467,7 @@ def test_every_failure_of_a_job_is_one_crash_row_or_a_new_submission(agent):
     cluster.crash("n1")
     job_of = {name: job for job, name in map(str.split, cluster.sh("squeue -h --me -o '%i %j'").splitlines())}
     cluster.sh(f"scancel {job_of['nov21-4']}; scontrol update JobId={job_of['nov21-5']} EndTime=now")
-    assert agent.squeue()[6][0] == "PENDING"
+    assert "Dependency" in cluster.sh("squeue -h --me --name=nov21-6 -o '%T %r'")
     (cache / "hold").unlink()
     ended = agent.wait(SLOTS)
     assert [ended[slot][0] for slot in SLOTS] == ["NODE_FAIL", "FAILED", "FAILED", "CANCELLED", "TIMEOUT"] + ["COMPLETED"] * 3
