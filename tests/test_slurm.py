@@ -467,7 +467,7 @@ def test_every_failure_of_a_job_is_one_crash_row_or_a_new_submission(agent):
     cluster.crash("n1")
     job_of = {name: job for job, name in map(str.split, cluster.sh("squeue -h --me -o '%i %j'").splitlines())}
     cluster.sh(f"scancel {job_of['nov21-4']}; scontrol update JobId={job_of['nov21-5']} EndTime=now")
-    assert agent.squeue()[6][0] == "PENDING"
+    assert "Dependency" in cluster.sh("squeue -h --me --name=nov21-6 -o '%T %r'")
     (cache / "hold").unlink()
     ended = agent.wait(SLOTS)
     assert [ended[slot][0] for slot in SLOTS] == ["NODE_FAIL", "FAILED", "FAILED", "CANCELLED", "TIMEOUT"] + ["COMPLETED"] * 3
@@ -567,3 +567,41 @@ train.main()
     assert [job.returncode for job in jobs] == [0, 0], outputs
     assert all(re.search(r"^val_bpb: +\d", output, re.MULTILINE) for output in outputs)
     assert sorted(path.name for path in prepared.CACHE.rglob("*")) == before
+
+
+def test_two_nodes_that_prepare_at_once_do_not_corrupt_the_cache_even_without_a_working_lock(monkeypatch, tmp_path, capsys):
+    """Some network file systems keep no lock between nodes: a second node begins, and is killed, while the first is
+    about to finish. The first must not publish, or lose, what the second has just begun."""
+    import contextlib
+
+    import prepare
+
+    class NoLock(contextlib.nullcontext):
+        def acquire(self, timeout=-1):
+            return self
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(prepare, "FileLock", NoLock)
+    monkeypatch.setattr(prepare, "CACHE", tmp_path)
+    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "prepare.py"))
+    write, rmtree = prepare.write_token_files, shutil.rmtree
+
+    def second_node_begins(*args):
+        counts = write(*args)
+        with monkeypatch.context() as second, pytest.raises(Killed):
+            def killed(*args):
+                raise Killed
+            second.setattr(socket, "gethostname", lambda: "another-node")
+            second.setattr(prepare.Tokenizer, "train", killed)
+            second.setattr(prepare, "write_token_files", write)
+            calls = []  # a killed process removes nothing: only the removal at its start happens
+            second.setattr(shutil, "rmtree", lambda *a, **k: calls.append(a) or len(calls) > 1 or rmtree(*a, **k))
+            prepare.prepare(10, 1)
+        return counts
+
+    monkeypatch.setattr(prepare, "write_token_files", second_node_begins)
+    prepare.prepare(10, 1)
+    assert len(prepare.load_manifest()["files"]) == 8  # the tokenizer's two, tokens and lengths of three splits
+    assert prepare.verified(1)
