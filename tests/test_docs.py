@@ -59,26 +59,6 @@ def test_the_result_command_finds_the_two_lines(tmp_path):
     assert done.stdout == "val_bpb:          1.5\npeak_vram_mb:     10.0\n"
 
 
-def test_the_ledger_command_appends_a_row_that_no_reset_loses(tmp_path):
-    def sh(command):
-        return subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    sh("git init -q . && git config user.name t && git config user.email t@t")
-    (tmp_path / ".gitignore").write_text((REPO / ".gitignore").read_text())
-    (tmp_path / "train.py").write_text("a = 1\n")
-    sh("git add . && git commit -qm start")
-    (tmp_path / "train.py").write_text("a = 2\n")
-    for first_word in ("git add", "printf"):  # the loop's order; the ledger is explained before the loop
-        for command in commands(PROGRAM):
-            if command.startswith(first_word):
-                sh(command)
-    head = sh("git rev-parse --short=7 HEAD").strip()
-    for command in ("git stash -u", "git reset --hard HEAD~1", "git clean -fd"):
-        assert command == "git reset --hard HEAD~1" or command not in commands(PROGRAM)
-        sh(command)
-    assert (tmp_path / "results.tsv").read_text() == f"{head}\t0.993200\t44.2\tkeep\tmatrix LR 0.04 -> 0.05\n"
-    assert (tmp_path / "train.py").read_text() == "a = 1\n"
-
-
 def test_constants_are_upper_case_one_a_line_and_commented():
     block = (REPO / "train.py").read_text().split("# Hyperparameters")[1].split('if PROFILE == "small"')[0]
     lines = [line for line in block.splitlines() if "=" in line and not line.startswith("#")]
