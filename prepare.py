@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 import sysconfig
 import threading
@@ -585,7 +586,8 @@ def write_token_files(tokenizer, stream, folder):
 
 def build(num_shards):
     """Train the tokenizer and write all token files beside data_dir(), then move them there at once."""
-    new = data_dir().with_name(data_dir().name + ".part")
+    # each node of a cluster has its own: some network file systems keep no lock between nodes
+    new = data_dir().with_name(f"{data_dir().name}.{socket.gethostname()}.part")
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     new.mkdir(parents=True)
     try:

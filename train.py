@@ -353,7 +353,7 @@ class GPT(nn.Module):
 
     def compile(self):
         """Compile block by block: layers of the same kind share their code."""
-        torch._dynamo.config.recompile_limit = 64  # kinds of layers, with and without gradients; those over 8 ran eagerly
+        torch._dynamo.config.recompile_limit = 64  # kinds of layers, with and without gradients; over it: eager
         for block in self.blocks:
             block.compile(dynamic=False)
         self.head_loss = torch.compile(head_loss, dynamic=False)
@@ -487,16 +487,11 @@ def lr_multiplier(progress):
     return min(1.0, up, FINAL_LR_FRAC + (1 - FINAL_LR_FRAC) * max(0.0, down))
 
 
-def muon_momentum(step):
-    """0.85 at first, 0.95 from step 300 on."""
-    return 0.85 + 0.10 * min(step / 300, 1)
-
-
 def set_schedules(optimizer, progress, step):
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * lr_multiplier(progress)
         if group["kind"] == "muon":
-            group["momentum"] = muon_momentum(step)
+            group["momentum"] = 0.85 + 0.10 * min(step / 300, 1)
             group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
 
 
@@ -524,9 +519,8 @@ def keep_freed_memory():
     """Let glibc keep what is freed: mapping every large tensor anew costs more than the work on it."""
     with contextlib.suppress(OSError, AttributeError):  # no glibc
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-2, 2**28)  # M_TOP_PAD
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
 
 
 def keep_compiled_code(folder, limit=2 * 10**9):
@@ -637,8 +631,7 @@ def main():
             table.to(torch.bfloat16)  # gradients and Adam's state too: half the traffic
     optimizer = make_optimizer(model)
     num_params = sum(p.numel() for p in model.parameters())
-    flops = flops_per_token(model)
-    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), math.inf)
+    flops, peak = flops_per_token(model), next((f for name, f in PEAK_FLOPS.items() if name in device_name), math.inf)
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     rows = rows_that_fit(model, memory)
     grad_accum_steps = TOTAL_BATCH_SIZE // (rows * MAX_SEQ_LEN)
@@ -691,8 +684,7 @@ def main():
         "peak_vram_mb": f"{peak_memory_mb(device):.1f}",
         "mfu_percent": f"{100 * tokens * flops / training_seconds / peak:.2f}",
         "total_tokens_M": f"{tokens / 1e6:.1f}",
-        "num_steps": step,
-        "num_params_M": f"{num_params / 1e6:.1f}",
+        "num_steps": step, "num_params_M": f"{num_params / 1e6:.1f}",
         "depth": DEPTH, "seed": seed, "device": device_name,
         "attention": attention, "profile": PROFILE, "dataset": dataset_id(),
     }
