@@ -576,14 +576,10 @@ def test_two_nodes_that_prepare_at_once_do_not_corrupt_the_cache_even_without_a_
 
     import prepare
 
-    class NoLock(contextlib.nullcontext):
-        def acquire(self, timeout=-1):
-            return self
-
     class Killed(BaseException):
         pass
 
-    monkeypatch.setattr(prepare, "FileLock", NoLock)
+    monkeypatch.setattr(prepare, "locked", contextlib.nullcontext)
     monkeypatch.setattr(prepare, "CACHE", tmp_path)
     monkeypatch.setattr(prepare, "__file__", str(tmp_path / "prepare.py"))
     write, rmtree = prepare.write_token_files, shutil.rmtree
