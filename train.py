@@ -44,7 +44,7 @@ SMEAR = False  # add a learned share of the previous token's embedding to each e
 
 # Batch
 TOTAL_BATCH_SIZE = 2**19  # tokens per optimizer step
-DEVICE_BATCH_SIZE = 128  # rows per forward pass at most, fewer on a small GPU (rows_that_fit); the total stays the same
+DEVICE_BATCH_SIZE = 32  # rows per forward pass at most, fewer on a small GPU (rows_that_fit); the total stays the same
 LOSS_CHUNK = 2**13  # tokens whose logits exist at the same time
 EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation, whose result does not depend on it
 
