@@ -86,7 +86,7 @@ CLIMBMIX_SHARD = "shard_{:05d}.parquet"
 CLIMBMIX_VAL, CLIMBMIX_HOLDOUT = 6542, 6541  # the last two shards; all before them are for training
 TINYSTORIES_FILE = "tinystories_gpt4_clean.parquet"
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".txt", ".md", ".py", ".rst")
-FILE_CHARS = 100_000
+FILE_CHARS = 20_000  # a longer text file is several documents
 PYTHON_BYTES = 100_000_000  # cap of the python dataset: ready within a minute on two cores
 
 
@@ -124,7 +124,7 @@ def read_parquet(path):
 def read_file(path):
     """Yield the documents of one file of a user's folder; raises OSError, ValueError, KeyError or TypeError.
 
-    A text longer than FILE_CHARS is several documents, cut at the ends of lines: so one book is in all splits.
+    A text longer than FILE_CHARS is cut at the ends of lines, so that a few books give all three splits.
     """
     if path.suffix == ".parquet":
         yield from read_parquet(path)
