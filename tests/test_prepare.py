@@ -195,6 +195,32 @@ def test_no_text_is_in_two_splits():
     assert got == {("val", "a"), ("val", "b"), ("holdout", "c"), ("train", "d")}
 
 
+@pytest.mark.parametrize("dataset", ["climbmix", "tinystories", "python", "folder"])
+def test_the_splits_of_every_kind_of_dataset_share_no_text(folder, monkeypatch, dataset):
+    """The same text is in several files and rows on purpose."""
+    texts = [f"story {i % 20_100}: " + " ".join(f"word{(i * 7 + j) % 50}" for j in range(8)) for i in range(20_400)]
+    if dataset == "folder":
+        fill(folder)
+        (folder / "again.jsonl").write_text("".join(json.dumps({"text": path.read_text()}) + "\n" for path in folder.glob("*.txt")))
+    else:
+        monkeypatch.setattr(prepare, "DATASET", dataset)
+        monkeypatch.setattr(prepare, "PYTHON_BYTES", 3_000_000)
+        prepare.python_documents.cache_clear()
+        prepare.raw_dir().mkdir(parents=True)
+        files = {prepare.TINYSTORIES_FILE: texts, "shard_06542.parquet": texts[:400], "shard_06541.parquet": texts[200:600],
+                 "shard_00000.parquet": texts[:2000]}
+        for name, rows in files.items():
+            pyarrow.parquet.write_table(pyarrow.table({"text": rows}), prepare.raw_dir() / name)
+    prepare.prepare(1, 1)
+    prepare.python_documents.cache_clear()
+    tokenizer, seen = prepare.Tokenizer.from_directory(), {}
+    for split in prepare.SPLITS:
+        tokens, lengths = prepare.token_files(split)
+        for part in np.split(tokens, np.cumsum(lengths)[:-1]):
+            assert seen.setdefault(tokenizer.decode(part.tolist()), split) == split
+    assert set(seen.values()) == set(prepare.SPLITS)
+
+
 # --- tokenizer
 
 
