@@ -1,0 +1,303 @@
+"""Measure what only a GPU can show: attention, the training step against a plain one, kernels, start-up.
+
+    uv run tests/bench_train.py [attention] [step] [profile] [overhead]        # without a name all four
+
+Needs the prepared dataset of this machine and prints Markdown tables: medians with the range. On a CPU it runs in
+small, to show that it runs. "Plain" is the same GPT, optimizer and batch, compiled likewise, with whole float32 logits
+and with two waits for the GPU and an .item() in each step.
+"""
+
+import functools
+import gc
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import torch
+from torch.autograd import DeviceType
+from torch.utils.benchmark import Timer
+
+import bench_loader
+import prepare
+import train
+
+T = train.MAX_SEQ_LEN
+DEVICE, DEVICE_NAME, DTYPE = train.choose_device()
+CUDA = DEVICE.type == "cuda"
+
+
+def row(*cells):
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def header(title, *columns):
+    print(f"\n{title}\n")
+    row(*columns)
+    row(*["---"] * len(columns))
+
+
+def spread(values, digits=0):
+    low, median, high = (f"{f(values):,.{digits}f}" for f in (min, statistics.median, max))
+    return f"{median} ({low} to {high}, n={len(values)})"
+
+
+def synchronize():
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------------------
+# Attention
+
+
+def naive_attention(q, k, v, window):
+    heads = torch.arange(q.size(2)) * k.size(2) // q.size(2)  # the key/value head of each query head
+    q, k, v = (t.transpose(1, 2) for t in (q, k[:, :, heads], v[:, :, heads]))
+    visible = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril().triu(-window)
+    return ((q @ k.mT / q.size(-1) ** 0.5).masked_fill(~visible, -math.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+def largest_errors(attend, n_kv_head, windows):
+    """Of the output and the gradients of q, k and v: ||x - reference|| / ||reference||, the worst of all windows."""
+    errors = []
+    for window in windows:
+        tensors = [torch.randn(2, 256, n, 128).bfloat16() for n in (6, n_kv_head, n_kv_head, 6)]
+        both = []
+        for function, device, dtype in ((attend, DEVICE, torch.bfloat16), (naive_attention, "cpu", torch.float64)):
+            *leaves, dy = (t.to(device, dtype, copy=True).requires_grad_() for t in tensors)
+            y = function(*leaves, window)
+            both.append([x.detach().double().cpu() for x in (y, *torch.autograd.grad(y, leaves, dy))])
+        errors.append([(a - b).norm() / b.norm() for a, b in zip(*both)])
+    return torch.tensor(errors).amax(0).tolist()  # NaN stays NaN
+
+
+def tflops(call, flops):
+    """Median and range of seven rounds, after two calls that compile."""
+    timer = Timer("call()", globals={"call": call})  # waits for the GPU before and after a round
+    rounds = [timer.timeit(30 if CUDA else 1).mean for _ in range(7)]
+    return spread([flops / seconds / 1e12 for seconds in rounds], 1 if CUDA else 4)
+
+
+def attention():
+    B, T, H, D = (64, 2048, 6, 128) if CUDA else (1, 128, 6, 128)
+    loads = {"fa3": train.load_fa3, "varlen": lambda: train.varlen_attention} if CUDA else {}
+    backends = {}
+    header("Relative error in bf16 against float64 at (2, 256, 6, 128), the worst of windows 255, 128 and 32",
+           "backend", "kv heads", "output", "dq", "dk", "dv")
+    for name, load in (loads | {"sdpa": lambda: train.sdpa_attention}).items():
+        attend = train.attempt(name, load)
+        for n_kv_head in (6, 2) if attend else ():
+            if errors := train.attempt(name, lambda: largest_errors(attend, n_kv_head, (255, 128, 32))):
+                backends[name] = attend
+                row(name, n_kv_head, *(f"{error:.1e}" for error in errors))
+
+    torch._dynamo.config.recompile_limit = 64  # as GPT.compile
+    for compiled in (False, True) if train.can_compile(DEVICE) else (False,):  # train.py compiles what is around it too
+        header(f"TFLOP/s at ({B}, {T}, {H}, {D}) in bf16, {'compiled' if compiled else 'eager'}; a visible key counts "
+               "4 D FLOPs forward and 12 D with backward", "backend", "window", "forward", "forward + backward")
+        for name, attend in backends.items():
+            function = torch.compile(attend, dynamic=False) if compiled else attend
+            for window in (T - 1, T // 2, T // 8):
+                *leaves, dy = (torch.randn(B, T, H, D, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+                leaves = [t.requires_grad_() for t in leaves]
+                forward = torch.no_grad()(lambda: function(*leaves, window))
+                both = lambda: torch.autograd.grad(function(*leaves, window), leaves, dy)
+                flops = 4 * D * B * H * sum(min(t, window) + 1 for t in range(T))
+                row(name, window, train.attempt(name, lambda: tflops(forward, flops)),
+                    train.attempt(name, lambda: tflops(both, 3 * flops)))
+
+
+# ---------------------------------------------------------------------------
+# Steps of the full model
+
+
+def whole_loss(x, weight, targets):
+    """Mean loss with the float32 logits of all tokens at once."""
+    return train.head_loss(x, weight, targets) / targets.numel()
+
+
+class Trainer:
+    """What train.main makes before its first step, with both losses."""
+
+    def __init__(self):
+        torch.manual_seed(42)
+        name, attend = train.choose_attention(DEVICE)
+        self.model = model = train.GPT(train.config_from_constants(DTYPE), attend).to(DEVICE)
+        if CUDA:
+            for table in (model.wte, *model.value_embeds.values()):
+                table.to(torch.bfloat16)
+        self.optimizer, whole, compiled = train.make_optimizer(model), whole_loss, train.can_compile(DEVICE)
+        if compiled:
+            model.compile()
+            self.optimizer.muon_update = torch.compile(train.muon_update, dynamic=False)
+            whole = torch.compile(whole_loss, dynamic=False)
+        self.losses = {"ours": functools.partial(train.GPT.loss, model), "plain": lambda inputs, targets: whole(
+            model.trunk(inputs).flatten(0, 1), model.lm_head.weight, targets.flatten())}
+        self.tokenizer = prepare.Tokenizer.from_directory()
+        self.rows = train.rows_that_fit(model, torch.cuda.get_device_properties(0).total_memory if CUDA else math.inf)
+        params = sum(p.numel() for p in model.parameters())
+        print(f"\nattention {name}, {'compiled' if compiled else 'eager'}, {params:,} parameters, {prepare.dataset_id()}")
+
+
+class Version:
+    """One way to train the trainer's model: "ours" or "plain", with its loader."""
+
+    def __init__(self, trainer, kind, rows, loader=None):
+        self.trainer, self.loss, self.waits = trainer, trainer.losses[kind], kind == "plain"
+        loader = loader or prepare.make_dataloader(trainer.tokenizer, rows, T, "train", DEVICE)
+        self.next_batch, self.grad_accum_steps = lambda: next(loader), train.TOTAL_BATCH_SIZE // (rows * T)
+        self.batch, self.rates, self.peak_mb = next(loader), [], 0
+        trainer.model.loss = self.loss
+        train.warm_up(trainer.model, trainer.optimizer, (rows, T), DEVICE)
+
+    def run(self, steps):
+        """One round: adds its tokens per second to `rates`."""
+        model, optimizer, read = self.trainer.model, self.trainer.optimizer, None
+        model.loss = self.loss
+        gc.collect()
+        gc.disable()  # as train.main
+        synchronize()
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        for step in range(steps):
+            if self.waits:
+                synchronize()
+            train.set_schedules(optimizer, 0.0, 0)
+            loss, self.batch = train.train_step(model, optimizer, self.batch, self.next_batch, self.grad_accum_steps)
+            if self.waits:
+                synchronize()
+                loss.item()
+            else:  # one step late, as train.main
+                read_previous, read = read, train.start_reading(loss, step)
+                if read_previous:
+                    read_previous()
+        synchronize()
+        self.rates.append(steps * train.TOTAL_BATCH_SIZE / (time.perf_counter() - start))
+        gc.enable()
+        self.peak_mb = max(self.peak_mb, train.peak_memory_mb(DEVICE))
+
+
+def alternate(versions, rounds, steps):
+    for i in range(rounds):
+        for version in list(versions.values())[::(-1) ** i]:  # there and back: none is always the one after a rest
+            version.run(steps)
+
+
+def ratio(ours, other):
+    return spread([a / b for a, b in zip(ours.rates, other.rates)], 3)
+
+
+def scanning_loader(tokenizer, rows):
+    """bench_loader's, each batch moved from pinned memory of its own."""
+    bench_loader.B, bench_loader.T = rows, T
+    for batch in bench_loader.scanning_loader(tokenizer, bench_loader.endless_documents()):
+        yield [(t.pin_memory() if CUDA else t).to(DEVICE, non_blocking=True) for t in batch]
+
+
+def step(rounds=5 if CUDA else 2, steps=6 if CUDA else 2):
+    trainer = Trainer()
+    rows, peak_mb = trainer.rows, "peak MB" if CUDA else "peak MB of the process so far"
+    versions = {kind: Version(trainer, kind, rows) for kind in ("ours", "plain")}
+    scanning = lambda: Version(trainer, "plain", rows, scanning_loader(trainer.tokenizer, rows))
+    if version := train.attempt("the scanning loader", scanning):  # it wants the text too, not only its tokens
+        versions["plain, scanning loader"] = version
+    alternate(versions, rounds, steps)
+    header(f"{rows} rows a pass, {rounds} alternating rounds of {steps} steps of {train.TOTAL_BATCH_SIZE:,} tokens",
+           "version", "tokens/s", "MFU %", "ours is faster by", peak_mb)
+    peak = next((f for name, f in train.PEAK_FLOPS.items() if name in DEVICE_NAME), math.inf)
+    for name, version in versions.items():
+        mfu = 100 * statistics.median(version.rates) * train.flops_per_token(trainer.model) / peak
+        row(name, spread(version.rates), f"{mfu:.2f}", ratio(versions["ours"], version), f"{version.peak_mb:,.0f}")
+    losses = [loss(*versions["ours"].batch[:2]).item() for loss in trainer.losses.values()]
+    print("\nmean loss of the same weights on the same rows: ours {:.5f}, plain {:.5f}".format(*losses))
+
+    header(f"The same total batch in passes of other sizes, {rounds} alternating rounds of {steps // 2} steps",
+           "rows", "ours tokens/s", "plain tokens/s", "ours is faster by", f"ours {peak_mb}", f"plain {peak_mb}")
+    for rows in (16, 32, 64, 128) if CUDA else (8, 16):  # the largest last: it may be out of memory
+        versions = version = None
+        if CUDA:
+            torch.cuda.empty_cache()
+        versions = {kind: Version(trainer, kind, rows) for kind in ("ours", "plain")}
+        alternate(versions, rounds, steps // 2)
+        ours, plain = versions.values()
+        row(rows, *map(spread, (ours.rates, plain.rates)), ratio(ours, plain), *(f"{v.peak_mb:,.0f}" for v in (ours, plain)))
+
+
+def profile(steps=3):
+    trainer = Trainer()
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * CUDA
+    for kind in ("ours", "plain"):
+        version = Version(trainer, kind, trainer.rows)
+        version.run(1)
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+            version.run(steps)
+        device = DeviceType.CUDA if CUDA else DeviceType.CPU  # without the ranges that torch.compile names
+        events = [e for e in profiler.key_averages() if e.device_type == device and not e.is_user_annotation]
+        own_ms = lambda e: (e.self_device_time_total if CUDA else e.self_cpu_time_total) / 1000 / steps
+        total, wall = sum(map(own_ms, events)), 1000 * train.TOTAL_BATCH_SIZE / version.rates[-1]
+        what = "kernels" if CUDA else "operators"
+        header(f"{kind}: {steps} profiled steps of {wall:.1f} ms each, {total:.1f} ms of them in {what}; the longest 15",
+               what, "calls a step", "ms a step", "share")
+        for event in sorted(events, key=own_ms, reverse=True)[:15]:
+            row(event.key[:100].replace("|", "/"), f"{event.count / steps:.1f}", f"{own_ms(event):.2f}",
+                f"{100 * own_ms(event) / total:.1f} %")
+
+
+# ---------------------------------------------------------------------------
+# A whole run, shortened
+
+
+def overhead():
+    budget, eval_tokens = (20, prepare.EVAL_TOKENS) if CUDA else (2, 2**14)
+    run = f"import prepare, train; train.TIME_BUDGET, prepare.EVAL_TOKENS = {budget}, {eval_tokens}; train.main()"
+    header(f"train.py with a budget of {budget} s and {eval_tokens:,} tokens of evaluation", "compiled code", "s to ready",
+           "total - training s", "recompilations in training", "in evaluation", "peak_vram_mb", "attention")
+    with tempfile.TemporaryDirectory() as folder:
+        env = os.environ | {"PYTHONPATH": str(REPO), "TORCH_LOGS": "recompiles", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/code"}
+        env.pop("TRITON_CACHE_DIR", None)  # by default it is in the folder above
+        for cache in ("cold", "warm"):
+            done = subprocess.run([sys.executable, "-c", run], cwd=folder, env=env, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            if done.returncode:
+                raise SystemExit(f"train.py ended with {done.returncode}:\n{done.stdout[-3000:]}")
+            value = dict(re.findall(r"^(\w+): +(.+)$", done.stdout, re.MULTILINE))
+            ready = re.search(r"ready to train after ([\d.]+) s", done.stdout)
+            training, _, evaluation = done.stdout[ready.end():].rpartition("| loss ")  # the last progress line
+            row(cache, ready[1], f"{float(value['total_seconds']) - float(value['training_seconds']):.1f}",
+                *(text.count("Recompiling function") for text in (training, evaluation)),
+                value["peak_vram_mb"], value["attention"])
+
+
+def main():
+    parts = {part.__name__: part for part in (attention, step, profile, overhead)}
+    names = sys.argv[1:] or list(parts)
+    if set(names) - set(parts):
+        raise SystemExit(f"{' '.join(names)}: choose among {', '.join(parts)}")
+    if len(names) > 1:  # each in a process of its own, so that a fault or a hang of one costs no other
+        failed = [name for name in names if subprocess.run([sys.executable, __file__, name]).returncode]
+        raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)
+    start = time.perf_counter()
+    sys.stdout.reconfigure(line_buffering=True)
+    prepare.start_watchdog()
+    torch.set_float32_matmul_precision("high")  # this and the next two as train.main
+    train.keep_compiled_code(prepare.CACHE / "compiled")
+    if not CUDA:
+        train.keep_freed_memory()
+    print(f"\n## {names[0]}: {DEVICE_NAME}, torch {torch.__version__}, profile {train.PROFILE}"
+          f"{'' if CUDA else ', no GPU: small shapes, only to show that it runs'}")
+    parts[names[0]]()
+    print(f"\n{names[0]} took {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
