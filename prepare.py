@@ -8,7 +8,6 @@ The file reads in the order data flows: text, tokenizer, token files, rows, bits
 """
 
 import argparse
-import array
 import base64
 import bisect
 import collections
@@ -84,6 +83,7 @@ PREPARE = "run: uv run prepare.py"  # the remedy for whatever is missing or stal
 HUB_REPOS = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "karpathy/tinystories-gpt4-clean"}
 CLIMBMIX_SHARD = "shard_{:05d}.parquet"
 CLIMBMIX_VAL, CLIMBMIX_HOLDOUT = 6542, 6541  # the last two shards; all before them are for training
+DEFAULT_SHARDS = 10
 TINYSTORIES_FILE = "tinystories_gpt4_clean.parquet"
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".txt", ".md", ".py", ".rst")
 FILE_CHARS = 20_000  # a longer text file is several documents
@@ -122,38 +122,46 @@ def read_parquet(path):
 
 
 def read_file(path):
-    """Yield the documents of one file of a user's folder; raises OSError, ValueError, KeyError or TypeError.
+    """Yield the documents of one file of a user's folder; raises OSError or ValueError.
 
     A text longer than FILE_CHARS is cut at the ends of lines, so that a few books give all three splits.
     """
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         yield from read_parquet(path)
-    elif path.suffix == ".jsonl":
-        with open(path, encoding="utf-8") as lines:
-            for line in lines:
+    elif path.suffix.lower() == ".jsonl":
+        with open(path, encoding="utf-8-sig") as lines:  # some editors begin a file with a byte-order mark
+            for number, line in enumerate(lines, 1):
                 if line.strip():
-                    text = json.loads(line)["text"]
-                    if not isinstance(text, str):
-                        raise ValueError(f"field `text` holds {type(text).__name__}, not a string")
-                    yield text
+                    row = json.loads(line)
+                    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                        raise ValueError(f"line {number} has no field `text` that is a string")
+                    yield row["text"]
     else:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             while text := file.read(FILE_CHARS) + file.readline(FILE_CHARS):
                 yield text
 
 
 def folder_files(folder):
     """Every text file below `folder`, sorted, each once however many links lead to it."""
-    found, seen = [], set()
-    for parent, subfolders, names in os.walk(folder, followlinks=True):
+    found, seen = {}, set()
+    unreadable = lambda error: found.setdefault(error.filename, Path(error.filename))  # folder_documents() names it
+    for parent, subfolders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:  # a link back up: do not walk the loop
             subfolders.clear()
             continue
         seen.add(real)
         subfolders.sort()
-        found += [Path(parent, name) for name in sorted(names) if name.endswith(FOLDER_SUFFIXES)]
-    return found
+        for path in (Path(parent, name) for name in sorted(names) if name.lower().endswith(FOLDER_SUFFIXES)):
+            if path.is_file():  # neither a pipe nor a broken link
+                found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+@functools.lru_cache(None)  # once each, though a folder is read for the tokenizer and again for the token files
+def complain(line):
+    print(line, file=sys.stderr)
 
 
 def folder_documents(folder):
@@ -164,14 +172,13 @@ def folder_documents(folder):
         try:
             for count, text in enumerate(read_file(path), 1):
                 yield text
-        except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             skipped += 1
             if skipped <= 10:
                 reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0]
-                print(f"skipped {'the rest of ' if count else ''}{path}: {reason}", file=sys.stderr)
+                complain(f"skipped {'the rest of ' if count else ''}{path}: {reason}")
     if skipped:
-        print(f"skipped {skipped} unreadable files of {folder}: mend them and run again to include them",
-              file=sys.stderr)
+        complain(f"skipped {skipped} unreadable files of {folder}: mend them and run again to include them")
 
 
 @functools.lru_cache(1)
@@ -478,7 +485,7 @@ def fingerprint():
     source = {"format": FORMAT, "dataset": DATASET, "vocab_size": VOCAB_SIZE}
     if DATASET not in DATASETS:
         stats = [(str(path.relative_to(DATASET)), path.stat().st_size, path.stat().st_mtime_ns)
-                 for path in folder_files(DATASET) if path.exists()]
+                 for path in folder_files(DATASET)]
         source["files"] = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
     return source
 
@@ -521,7 +528,7 @@ def verified(num_shards):
         manifest = load_manifest()
     except SystemExit:
         return False
-    return manifest["num_shards"] == num_shards and all(
+    return num_shards in (None, manifest["num_shards"]) and all(
         file_sha256(data_dir() / name) == file["sha256"] for name, file in manifest["files"].items())
 
 
@@ -574,7 +581,7 @@ def write_token_files(tokenizer, stream, folder):
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(workers))
         for split, ids, nbytes in in_order(pool, encode, tasks(stream), 2 * workers):
             open_all[split, "tokens"].write(b"".join(one.tobytes() for one in ids))
-            open_all[split, "lengths"].write(array.array("I", map(len, ids)).tobytes())
+            open_all[split, "lengths"].write(np.array([len(one) for one in ids], np.uint32).tobytes())
             counts[split]["documents"] += len(ids)
             counts[split]["tokens"] += sum(map(len, ids))
             counts[split]["bytes"] += nbytes
@@ -606,6 +613,7 @@ def build(num_shards):
         (new / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         shutil.rmtree(data_dir(), ignore_errors=True)
         os.replace(new, data_dir())
+        token_files.cache_clear()
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -614,7 +622,7 @@ def build(num_shards):
 def tokenizer_texts(num_shards):
     """The fixed part of the training split from which the tokenizer is learnt."""
     chars = 0
-    for split, text in documents(num_shards if num_shards in range(TRAIN_SHARDS) else TRAIN_SHARDS):
+    for split, text in documents(TRAIN_SHARDS if num_shards == -1 else min(num_shards, TRAIN_SHARDS)):
         if split == "train":
             yield text
             chars += min(len(text), TRAIN_DOC_CHARS)
@@ -684,16 +692,20 @@ def pack_rows(tokens, lengths, T, bos, buffer_size):
                 used = 0
 
 
-def token_files(split):
-    """(tokens uint16, lengths of the documents uint32) of a split, memory-mapped."""
+@functools.lru_cache(1)
+def token_files(folder):
+    """{split: (tokens uint16, lengths of the documents uint32)}, memory-mapped.
+
+    Opened once: a dataset that changes during a run, or is prepared anew, changes the next run and not this one.
+    """
     load_manifest()
-    return tuple(np.memmap(data_dir() / f"{split}.{kind}", dtype, "r") for kind, dtype in
-                 (("tokens", np.uint16), ("lengths", np.uint32)))
+    return {split: (np.memmap(folder / f"{split}.tokens", np.uint16, "r"),
+                    np.memmap(folder / f"{split}.lengths", np.uint32, "r")) for split in SPLITS}
 
 
 def cropped_share(T, bos):
     """Share of the validation rows that end in a cropped piece: a crop adds a row start to those of the pieces."""
-    tokens, lengths = token_files("val")
+    tokens, lengths = token_files(data_dir())["val"]
     epoch = itertools.takewhile(lambda item: item[1] == 1, pack_rows(tokens, lengths, T, bos, BUFFER_SIZE))
     starts = [np.count_nonzero(row == bos) for row, _ in epoch]
     return max(0, sum(starts) - (-(-lengths.astype(np.int64) // T)).sum()) / len(starts)
@@ -708,7 +720,7 @@ def make_dataloader(tokenizer, B, T, split, device=None, buffer_size=BUFFER_SIZE
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-    tokens, lengths = token_files(split)
+    tokens, lengths = token_files(data_dir())[split]
     device = torch.device(device or "cpu")
 
     def batches():
@@ -740,7 +752,7 @@ class YardstickError(Exception):
 
 def eval_rows(split="val"):
     """Rows that are scored: EVAL_TOKENS of them, or one pass over the split where that is less."""
-    return min(EVAL_TOKENS, load_manifest()["splits"][split]["tokens"]) // MAX_SEQ_LEN
+    return min(EVAL_TOKENS, len(token_files(data_dir())[split][0])) // MAX_SEQ_LEN
 
 
 def check_logits(logits, inputs, vocab_size):
@@ -799,6 +811,7 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
         logits = model(inputs.clone())  # a model that edits its input must not edit that of the probe
         check_logits(logits, inputs, vocab_size)
         if first < PROBE_ROWS or first + batch_size >= rows:
+            logits = logits.clone()  # a model may write the logits of every call to the same memory
             probe_causality(model, inputs, logits, first)
         targets = targets[:rows - first]  # the last batch is computed whole, in the same shape, and scored in part
         for some, wanted in zip(logits[:len(targets)].split(slice_rows), targets.split(slice_rows)):
@@ -823,7 +836,7 @@ def start_watchdog(seconds=600):
 
 def prepare(num_shards, download_workers):
     """Make the dataset of this profile complete and verified, or raise SystemExit with one line."""
-    if num_shards != -1 and not 1 <= num_shards <= CLIMBMIX_HOLDOUT:
+    if num_shards not in (None, -1) and not 1 <= num_shards <= CLIMBMIX_HOLDOUT:
         raise SystemExit(f"--num-shards {num_shards}: choose 1 to {CLIMBMIX_HOLDOUT}, or -1 for all")
     if download_workers < 1:
         raise SystemExit(f"--download-workers {download_workers}: choose 1 or more")
@@ -837,6 +850,7 @@ def prepare(num_shards, download_workers):
     data_dir().parent.mkdir(parents=True, exist_ok=True)
     with locked(data_dir()):
         if not verified(num_shards):
+            num_shards = num_shards or DEFAULT_SHARDS
             if DATASET in HUB_REPOS:
                 Downloader(HUB_REPOS[DATASET], raw_dir()).fetch_all(hub_files(num_shards), download_workers)
             build(num_shards)
@@ -850,7 +864,8 @@ def prepare(num_shards, download_workers):
 
 def main():
     parser = argparse.ArgumentParser(description="Download and tokenize the data of an experiment, once.")
-    parser.add_argument("--num-shards", type=int, default=10, help="climbmix training shards of 100 MB (default 10, -1 all)")
+    parser.add_argument("--num-shards", type=int, help="climbmix training shards of 100 MB, -1 for all "
+                        f"(default: what is prepared, else {DEFAULT_SHARDS})")
     parser.add_argument("--download-workers", type=int, default=8, help="files fetched at a time (default 8)")
     args = parser.parse_args()
     try:

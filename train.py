@@ -24,8 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim.adamw import adamw
 
-import prepare
-from prepare import MAX_SEQ_LEN, PROFILE, TIME_BUDGET, VOCAB_SIZE, Tokenizer, YardstickError
+from prepare import CACHE, MAX_SEQ_LEN, PROFILE, TIME_BUDGET, VOCAB_SIZE, Tokenizer, YardstickError
 from prepare import dataset_id, evaluate_bpb, make_dataloader, start_watchdog
 
 # ---------------------------------------------------------------------------
@@ -37,7 +36,7 @@ ASPECT_RATIO = 64  # model_dim = DEPTH * ASPECT_RATIO, rounded up to a multiple 
 HEAD_DIM = 128  # channels of an attention head
 QUERIES_PER_KV = 1  # query heads that share a key/value head
 WINDOW_PATTERN = "SSSL"  # tiled over the layers: L full context, S half of it; the last layer is always L
-VE_GATE_CHANNELS = 32  # the value embeddings' gate sees so many channels of x
+VE_GATE_CHANNELS = 32  # channels of x that the value embeddings' gate sees
 SOFTCAP = 15  # logits lie in (-SOFTCAP, SOFTCAP)
 BIGRAM_ROWS = 0  # hashed table of embeddings of (previous token, token); 0 is none
 SMEAR = False  # add a learned share of the previous token's embedding to each embedding
@@ -49,14 +48,14 @@ LOSS_CHUNK = 2**13  # tokens whose logits exist at the same time
 EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation, whose result does not depend on it
 
 # Optimizer
-EMBEDDING_LR = 0.6  # token and value embeddings (Adam)
+EMBEDDING_LR = 0.6  # token, value and bigram embeddings (Adam)
 UNEMBEDDING_LR = 0.004  # lm_head (Adam)
 MATRIX_LR = 0.04  # the matrices of the blocks (Muon)
 SCALAR_LR = 0.5  # x0_lambdas (Adam); smear at 0.1 and resid_lambdas at 0.01 of it
 WEIGHT_DECAY = 0.2  # of Muon, falls to 0 over the run
 ADAM_BETAS = (0.8, 0.95)  # decay of Adam's first and second moments; x0_lambdas have (0.96, 0.95)
 ADAM_EPS = 1e-10  # added to the root of the second moment
-POLAR_STEPS = 5  # iterations of Muon's orthogonalisation
+POLAR_STEPS = 5  # iterations of Muon's orthogonalisation, 5 at most
 
 # Schedule, as shares of the time budget
 WARMUP_RATIO = 0.0  # the learning rate rises from 0
@@ -262,7 +261,7 @@ def softcap(logits):
 
 class ChunkedLoss(torch.autograd.Function):
     """Mean of loss_fn over tokens, chunk by chunk: gradients are taken in the forward pass, so that only
-    one chunk's logits ever exist (whole ones are 8.6 GB in float32 at 128 x 2048 x 8192)."""
+    one chunk's logits ever exist (whole ones are 2.1 GB in float32 at 32 x 2048 x 8192)."""
 
     @staticmethod
     def forward(ctx, loss_fn, x, weight, targets):
@@ -375,7 +374,7 @@ def parameter_groups(model):
 
 
 def flops_per_token(model):
-    """Training FLOPs: 6 per matmul parameter, 12 H D per visible key."""
+    """Training FLOPs: 6 per matmul parameter, 12 H D per key of the window, also where the row has fewer."""
     groups, config = parameter_groups(model), model.config
     matmul = sum(p.numel() for p in groups["matrix"] + groups["lm_head"])
     return 6 * matmul + 12 * config.model_dim * sum(window + 1 for window in config.windows)
@@ -415,7 +414,7 @@ def muon_update(p, g, momentum_buffer, second_moment, lr, weight_decay, momentum
     momentum_buffer.mul_(momentum).add_(g * (1 - momentum))
     u = orthogonalize(momentum * momentum_buffer + (1 - momentum) * g, steps, dtype).float()
     u_norm = u.norm(dim=(-2, -1), keepdim=True)
-    second_moment.lerp_(u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True), 1 - beta2)
+    second_moment.lerp_(u.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
     u = u * second_moment.clamp_min(1e-10).rsqrt()
     u = u * (u_norm / u.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
     return p - lr * (u + weight_decay * p * (u * p >= 0))
@@ -506,7 +505,7 @@ PEAK_FLOPS = {  # dense bf16, by a part of the GPU's name
 
 def choose_device():
     """(device, its name, the dtype of activations): bf16 where the hardware multiplies it, else float32."""
-    if PROFILE == "full" and torch.cuda.is_available():
+    if PROFILE != "tiny" and torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.device("cuda"), torch.cuda.get_device_name(), torch.bfloat16 if bf16 else torch.float32
     if PROFILE == "small" and torch.backends.mps.is_available():
@@ -613,17 +612,18 @@ def main():
     start_watchdog()
     device, device_name, dtype = choose_device()
     seed = os.environ.get("SEED", "42")
-    if not seed.isdigit():
-        raise SystemExit(f"SEED={seed} must be a whole number")
+    if not seed.isdecimal() or len(seed) > 18:
+        raise SystemExit(f"SEED={seed} must be a whole number of at most 18 digits")
     torch.manual_seed(int(seed))
     torch.set_float32_matmul_precision("high")
-    keep_compiled_code(prepare.CACHE / "compiled")
+    if device.type == "cuda":
+        keep_compiled_code(CACHE / "compiled")
     if device.type == "cpu":
         keep_freed_memory()
     if TOTAL_BATCH_SIZE % (DEVICE_BATCH_SIZE * MAX_SEQ_LEN):
         raise SystemExit(f"{TOTAL_BATCH_SIZE=} must be a multiple of {DEVICE_BATCH_SIZE=} * {MAX_SEQ_LEN=}")
 
-    tokenizer = Tokenizer.from_directory()
+    tokenizer, dataset = Tokenizer.from_directory(), dataset_id()
     attention, attend = choose_attention(device)
     model = GPT(config_from_constants(dtype), attend).to(device)
     if device.type == "cuda":
@@ -636,7 +636,7 @@ def main():
     rows = rows_that_fit(model, memory)
     grad_accum_steps = TOTAL_BATCH_SIZE // (rows * MAX_SEQ_LEN)
     loader = make_dataloader(tokenizer, rows, MAX_SEQ_LEN, "train", device)
-    print(f"{device_name} | {attention} | {PROFILE} | {dataset_id()} | {num_params / 1e6:.1f} M parameters | "
+    print(f"{device_name} | {attention} | {PROFILE} | {dataset} | {num_params / 1e6:.1f} M parameters | "
           f"{rows} rows x {grad_accum_steps}", flush=True)
 
     if can_compile(device):
@@ -671,7 +671,6 @@ def main():
     gc.enable()
 
     torch.save(model.state_dict(), "model.pt")
-    model.zero_grad(set_to_none=True)
     if training_seconds > TIME_BUDGET + 15:  # time that others do not have
         raise SystemExit(f"FAIL: {training_seconds:.0f} s of training, a step takes {training_seconds / step:.0f} s: "
                          f"lower {TOTAL_BATCH_SIZE=} or the model's size")
@@ -686,7 +685,7 @@ def main():
         "total_tokens_M": f"{tokens / 1e6:.1f}",
         "num_steps": step, "num_params_M": f"{num_params / 1e6:.1f}",
         "depth": DEPTH, "seed": seed, "device": device_name,
-        "attention": attention, "profile": PROFILE, "dataset": dataset_id(),
+        "attention": attention, "profile": PROFILE, "dataset": dataset,
     }
     print("\n---" if tty else "---")
     for key, value in summary.items():
@@ -703,4 +702,4 @@ if __name__ == "__main__":
         if "out of memory" not in str(error).lower() and "allocate memory" not in str(error):
             raise
         raise SystemExit(f"FAIL: out of memory with {DEVICE_BATCH_SIZE=}: set it to half the rows of the first line, "
-                         "TOTAL_BATCH_SIZE stays the same") from None
+                         f"TOTAL_BATCH_SIZE stays the same; after the last step halve {EVAL_BATCH_SIZE=}") from None

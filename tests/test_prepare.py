@@ -96,6 +96,34 @@ def test_a_second_prepare_verifies_and_returns_within_two_seconds(prepared, caps
     assert "ready: text-" in capsys.readouterr().out
 
 
+def test_a_dataset_that_changes_during_a_run_changes_the_next_run_only(folder):
+    fill(folder)
+    prepare.prepare(10, 1)
+    tokenizer = prepare.Tokenizer.from_directory()
+    before = next(prepare.make_dataloader(tokenizer, 4, 8, "val"))[0]
+    rows = prepare.eval_rows("val")
+    (folder / "new.txt").write_text("one more document")
+    code = f"""if True:
+        import prepare
+        from pathlib import Path
+        prepare.DATASET, prepare.CACHE, prepare.VOCAB_SIZE, prepare.MAX_SEQ_LEN = {str(folder)!r}, Path({str(prepare.CACHE)!r}), 300, 8
+        for i in range(400):
+            Path(prepare.DATASET, f"more{{i}}.txt").write_text(f"another document {{i}} of some length")
+        prepare.prepare(10, 1)
+    """
+    assert run("-c", code).returncode == 0
+    assert torch.equal(next(prepare.make_dataloader(tokenizer, 4, 8, "val"))[0], before) and prepare.eval_rows("val") == rows
+    prepare.token_files.cache_clear()  # as in a new process
+    assert prepare.eval_rows("val") != rows
+
+
+def test_preparing_without_a_number_of_shards_keeps_what_is_there(folder, capsys):
+    fill(folder)
+    prepare.prepare(3, 1)
+    manifest = prepare.load_manifest()
+    assert prepare.verified(None) and prepare.verified(manifest["num_shards"]) and not prepare.verified(manifest["num_shards"] + 1)
+
+
 @pytest.mark.parametrize("num_shards", [0, -2, 6542])
 def test_an_impossible_number_of_shards_is_refused(num_shards):
     with pytest.raises(SystemExit, match=f"--num-shards {num_shards}: choose 1 to 6541"):
@@ -137,13 +165,30 @@ def test_unreadable_files_are_named_counted_and_left_out(folder, capsys):
     fill(folder)
     (folder / "latin.txt").write_bytes("déjà".encode("latin-1"))
     (folder / "bad.jsonl").write_text('{"text": "fine"}\n{"txet": "no"}\n')
+    (folder / "list.jsonl").write_text("[1]\n")
     (folder / "broken.parquet").write_bytes(b"PAR1 nonsense PAR1")
     (folder / "empty.md").write_text("")
     prepare.prepare(10, 1)
     errors = capsys.readouterr().err
     assert f"skipped {folder / 'latin.txt'}: not UTF-8" in errors
-    assert "bad.jsonl" in errors and "broken.parquet" in errors and "empty.md" not in errors
-    assert "skipped 3 unreadable files" in errors
+    assert f"skipped the rest of {folder / 'bad.jsonl'}: line 2 has no field `text` that is a string" in errors
+    assert f"skipped {folder / 'list.jsonl'}: line 1 has no field" in errors
+    assert "broken.parquet" in errors and "empty.md" not in errors
+    assert "skipped 4 unreadable files" in errors and errors.count("\n") == 5  # each once, though it is read twice
+
+
+def test_a_subfolder_without_permission_is_named(folder, monkeypatch, capsys):
+    fill(folder)
+    (folder / "secret").mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refused)
+    assert len(list(prepare.folder_documents(folder))) == 400
+    assert f"skipped {folder / 'secret'}: " in capsys.readouterr().err
 
 
 def test_every_kind_of_file_below_a_folder_is_read_once_despite_links(folder):
@@ -154,8 +199,12 @@ def test_every_kind_of_file_below_a_folder_is_read_once_despite_links(folder):
     for suffix in ("txt", "md", "py", "rst", "html"):
         (below / f"x.{suffix}").write_text(suffix)
     (below / "loop").symlink_to(folder)
+    (below / "again.txt").symlink_to(below / "x.txt")
+    (below / "nowhere.txt").symlink_to(below / "missing.txt")
+    os.mkfifo(below / "pipe.txt")
+    (below / "LOUD.TXT").write_text("\ufeffloud", encoding="utf-8")  # with a byte-order mark
     assert Counter(prepare.folder_documents(folder)) == Counter(
-        ["parquet", "jsonl", "second \U0001f680", "txt", "md", "py", "rst"])
+        ["parquet", "jsonl", "second \U0001f680", "txt", "md", "py", "rst", "loud"])
 
 
 def test_a_long_text_is_several_documents_that_end_with_lines_and_hold_all_of_it(folder, capsys):
@@ -215,7 +264,7 @@ def test_the_splits_of_every_kind_of_dataset_share_no_text(folder, monkeypatch, 
     prepare.python_documents.cache_clear()
     tokenizer, seen = prepare.Tokenizer.from_directory(), {}
     for split in prepare.SPLITS:
-        tokens, lengths = prepare.token_files(split)
+        tokens, lengths = prepare.token_files(prepare.data_dir())[split]
         for part in np.split(tokens, np.cumsum(lengths)[:-1]):
             assert seen.setdefault(tokenizer.decode(part.tolist()), split) == split
     assert set(seen.values()) == set(prepare.SPLITS)
@@ -462,6 +511,7 @@ def test_the_share_of_cropped_rows_is_that_of_the_rows(folder, capsys):
     manifest = json.loads(path.read_text())
     manifest["files"]["val.lengths"]["bytes"], manifest["files"]["val.tokens"]["bytes"] = 256, 1024
     path.write_text(json.dumps(manifest))
+    prepare.token_files.cache_clear()
     assert prepare.cropped_share(8, BOS) == 0 and prepare.cropped_share(12, BOS) > 0.9
 
 

@@ -497,10 +497,19 @@ def test_heads_that_do_not_divide_are_refused(short_run, name, value):
         train.main()
 
 
-def test_a_seed_that_is_no_number_is_refused(short_run):
-    short_run.setenv("SEED", "lucky")
-    with pytest.raises(SystemExit, match="SEED=lucky"):
+@pytest.mark.parametrize("seed", ["lucky", "-1", "\u00b2", "1" * 23])
+def test_a_seed_that_is_no_number_is_refused(short_run, seed):
+    short_run.setenv("SEED", seed)
+    with pytest.raises(SystemExit, match=f"SEED={seed} must be a whole number"):
         train.main()
+
+
+@pytest.mark.parametrize("profile, device", [("full", "cuda"), ("small", "cuda"), ("tiny", "cpu")])
+def test_every_profile_but_tiny_uses_a_cuda_gpu(monkeypatch, profile, device):
+    monkeypatch.setattr(train, "PROFILE", profile)
+    for name, value in dict(is_available=True, is_bf16_supported=True, get_device_name="H100").items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value, **_: value)
+    assert train.choose_device()[0].type == device
 
 
 @pytest.mark.parametrize("error, line", [
