@@ -24,7 +24,6 @@ sys.path.insert(0, str(REPO))
 
 import torch
 from torch.autograd import DeviceType
-from torch.utils.benchmark import Timer
 
 import bench_loader
 import prepare
@@ -82,7 +81,8 @@ def largest_errors(attend, n_kv_head, windows):
 
 def tflops(call, flops):
     """Median and range of seven rounds, after two calls that compile."""
-    timer = Timer("call()", globals={"call": call})  # waits for the GPU before and after a round
+    from torch.utils.benchmark import Timer  # whose import complains where there is no GPU
+    timer = Timer("call()", globals={"call": call})  # waits for the GPU before and after
     rounds = [timer.timeit(30 if CUDA else 1).mean for _ in range(7)]
     return spread([flops / seconds / 1e12 for seconds in rounds], 1 if CUDA else 4)
 
@@ -112,8 +112,8 @@ def attention():
                 forward = torch.no_grad()(lambda: function(*leaves, window))
                 both = lambda: torch.autograd.grad(function(*leaves, window), leaves, dy)
                 flops = 4 * D * B * H * sum(min(t, window) + 1 for t in range(T))
-                row(name, window, train.attempt(name, lambda: tflops(forward, flops)),
-                    train.attempt(name, lambda: tflops(both, 3 * flops)))
+                row(name, window, train.attempt(name, lambda: tflops(forward, flops)) or "failed",
+                    train.attempt(name, lambda: tflops(both, 3 * flops)) or "failed")
 
 
 # ---------------------------------------------------------------------------
@@ -144,8 +144,8 @@ class Trainer:
             model.trunk(inputs).flatten(0, 1), model.lm_head.weight, targets.flatten())}
         self.tokenizer = prepare.Tokenizer.from_directory()
         self.rows = train.rows_that_fit(model, torch.cuda.get_device_properties(0).total_memory if CUDA else math.inf)
-        params = sum(p.numel() for p in model.parameters())
-        print(f"\nattention {name}, {'compiled' if compiled else 'eager'}, {params:,} parameters, {prepare.dataset_id()}")
+        print(f"\nattention {name}, {'compiled' if compiled else 'eager'}, dataset {prepare.dataset_id()}, "
+              f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 class Version:
@@ -188,6 +188,9 @@ class Version:
 
 
 def alternate(versions, rounds, steps):
+    for version in versions.values():
+        version.run(1)
+        version.rates.clear()  # the first step after a warm-up is slower
     for i in range(rounds):
         for version in list(versions.values())[::(-1) ** i]:  # there and back: none is always the one after a rest
             version.run(steps)
@@ -213,7 +216,7 @@ def step(rounds=5 if CUDA else 2, steps=6 if CUDA else 2):
         versions["plain, scanning loader"] = version
     alternate(versions, rounds, steps)
     header(f"{rows} rows a pass, {rounds} alternating rounds of {steps} steps of {train.TOTAL_BATCH_SIZE:,} tokens",
-           "version", "tokens/s", "MFU %", "ours is faster by", peak_mb)
+           "version", "tokens/s", "MFU %", "tokens/s of ours / of it", peak_mb)
     peak = next((f for name, f in train.PEAK_FLOPS.items() if name in DEVICE_NAME), math.inf)
     for name, version in versions.items():
         mfu = 100 * statistics.median(version.rates) * train.flops_per_token(trainer.model) / peak
@@ -222,7 +225,7 @@ def step(rounds=5 if CUDA else 2, steps=6 if CUDA else 2):
     print("\nmean loss of the same weights on the same rows: ours {:.5f}, plain {:.5f}".format(*losses))
 
     header(f"The same total batch in passes of other sizes, {rounds} alternating rounds of {steps // 2} steps",
-           "rows", "ours tokens/s", "plain tokens/s", "ours is faster by", f"ours {peak_mb}", f"plain {peak_mb}")
+           "rows", "ours tokens/s", "plain tokens/s", "ours / plain", f"ours {peak_mb}", f"plain {peak_mb}")
     for rows in (16, 32, 64, 128) if CUDA else (8, 16):  # the largest last: it may be out of memory
         versions = version = None
         if CUDA:
@@ -230,7 +233,8 @@ def step(rounds=5 if CUDA else 2, steps=6 if CUDA else 2):
         versions = {kind: Version(trainer, kind, rows) for kind in ("ours", "plain")}
         alternate(versions, rounds, steps // 2)
         ours, plain = versions.values()
-        row(rows, *map(spread, (ours.rates, plain.rates)), ratio(ours, plain), *(f"{v.peak_mb:,.0f}" for v in (ours, plain)))
+        row(rows, spread(ours.rates), spread(plain.rates), ratio(ours, plain), f"{ours.peak_mb:,.0f}",
+            f"{plain.peak_mb:,.0f}")
 
 
 def profile(steps=3):
@@ -246,8 +250,8 @@ def profile(steps=3):
         own_ms = lambda e: (e.self_device_time_total if CUDA else e.self_cpu_time_total) / 1000 / steps
         total, wall = sum(map(own_ms, events)), 1000 * train.TOTAL_BATCH_SIZE / version.rates[-1]
         what = "kernels" if CUDA else "operators"
-        header(f"{kind}: {steps} profiled steps of {wall:.1f} ms each, {total:.1f} ms of them in {what}; the longest 15",
-               what, "calls a step", "ms a step", "share")
+        header(f"{kind}: {steps} profiled steps of {wall:.1f} ms each, {total:.1f} ms of it in {what}",
+               f"{what}, top 15", "calls a step", "ms a step", "share")
         for event in sorted(events, key=own_ms, reverse=True)[:15]:
             row(event.key[:100].replace("|", "/"), f"{event.count / steps:.1f}", f"{own_ms(event):.2f}",
                 f"{100 * own_ms(event) / total:.1f} %")
@@ -260,10 +264,10 @@ def profile(steps=3):
 def overhead():
     budget, eval_tokens = (20, prepare.EVAL_TOKENS) if CUDA else (2, 2**14)
     run = f"import prepare, train; train.TIME_BUDGET, prepare.EVAL_TOKENS = {budget}, {eval_tokens}; train.main()"
-    header(f"train.py with a budget of {budget} s and {eval_tokens:,} tokens of evaluation", "compiled code", "s to ready",
-           "total - training s", "recompilations in training", "in evaluation", "peak_vram_mb", "attention")
+    header(f"train.py with a budget of {budget} s and {eval_tokens:,} tokens of evaluation", "cache of compiled code",
+           "s to ready", "total - training s", "recompilations in training", "in evaluation", "peak MB", "attention")
     with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"PYTHONPATH": str(REPO), "TORCH_LOGS": "recompiles", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/code"}
+        env = os.environ | dict(PYTHONPATH=str(REPO), TORCH_LOGS="recompiles", TORCHINDUCTOR_CACHE_DIR=f"{folder}/code")
         env.pop("TRITON_CACHE_DIR", None)  # by default it is in the folder above
         for cache in ("cold", "warm"):
             done = subprocess.run([sys.executable, "-c", run], cwd=folder, env=env, text=True,
