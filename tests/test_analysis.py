@@ -98,7 +98,8 @@ def run_kernel(folders, extra):
     size, results = len(cells) + 2, []
     for i in range(0, len(notebook.cells), size):
         *own, last = notebook.cells[i:i + size]
-        results.append(([output for cell in own for output in cell.outputs], json.loads(last.outputs[-1].text)))
+        printed = "".join(output.text for output in last.outputs if output.get("name") == "stdout")  # may come in parts
+        results.append(([output for cell in own for output in cell.outputs], json.loads(printed)))
     return results
 
 
