@@ -393,7 +393,8 @@ class Tokenizer:
     def __init__(self, ranks, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         special = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
-        self.encoding = tiktoken.Encoding("autoresearch", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.encoding = tiktoken.Encoding("autoresearch", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=special)
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -403,7 +404,8 @@ class Tokenizer:
         bpe.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
         if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
-            raise SystemExit(f"{DATASET} has text for {len(ranks)} tokens, VOCAB_SIZE={vocab_size} needs more: add text")
+            raise SystemExit(f"{DATASET} has text for {len(ranks)} tokens, VOCAB_SIZE={vocab_size} needs more: "
+                             "add text")
         return cls(ranks)
 
     @classmethod
@@ -586,7 +588,8 @@ def write_token_files(tokenizer, stream, folder):
             counts[split]["tokens"] += sum(map(len, ids))
             counts[split]["bytes"] += nbytes
             total += nbytes
-            progress.show(f"tokenized {total / 1e6:,.0f} MB | {total / 1e6 / (time.monotonic() - progress.start):.1f} MB/s")
+            rate = total / (time.monotonic() - progress.start)
+            progress.show(f"tokenized {total / 1e6:,.0f} MB | {rate / 1e6:.1f} MB/s")
         progress.show(f"tokenized {total / 1e6:,.0f} MB in {time.monotonic() - progress.start:.0f} s", end=True)
     return counts
 
@@ -770,15 +773,15 @@ def probe_causality(model, inputs, logits, first):
     """
     if not bool(torch.isfinite(logits).all()):
         raise YardstickError("some logits are not finite")
-    B, T = inputs.shape
-    cuts = torch.linspace(0, T - 2, max(PROBE_ROWS, B) - 1).long().tolist()
-    cuts = torch.tensor([([T - 1] + cuts)[row % max(PROBE_ROWS, B)] for row in range(first, first + B)], device=inputs.device)
-    after = torch.arange(T, device=inputs.device) > cuts[:, None]  # (B, T)
-    shift = torch.randint(1, logits.shape[-1], inputs.shape, generator=torch.Generator().manual_seed(first)).to(inputs.device)
-    other = model(torch.where(after, (inputs + shift) % logits.shape[-1], inputs))
-    moved = torch.stack([(a.float() - b.float()).abs().amax(-1) for a, b in zip(other, logits)])  # row by row: less memory
+    (B, T), V = inputs.shape, logits.shape[-1]
+    cycle = [T - 1, *torch.linspace(0, T - 2, max(PROBE_ROWS, B) - 1).long().tolist()]
+    cuts = [cycle[row % len(cycle)] for row in range(first, first + B)]
+    after = (torch.arange(T) > torch.tensor(cuts)[:, None]).to(inputs.device)  # (B, T)
+    shift = torch.randint(1, V, (B, T), generator=torch.Generator().manual_seed(first)).to(inputs.device)
+    other = model(torch.where(after, (inputs + shift) % V, inputs))
+    moved = torch.stack([(a.float() - b.float()).abs().amax(-1) for a, b in zip(other, logits)])  # a row at a time
     moved = torch.where(after, 0, moved).nan_to_num(math.inf)
-    for row, cut in enumerate(cuts.tolist()):
+    for row, cut in enumerate(cuts):
         if moved[row].max() > PROBE_TOLERANCE:
             position = int(moved[row].argmax())
             change = f"not causal: tokens after position {cut} were replaced" if cut < T - 1 else (
@@ -856,9 +859,11 @@ def prepare(num_shards, download_workers):
             build(num_shards)
     splits = load_manifest()["splits"]
     for split, count in splits.items():
-        print(f"{split:8} {count['documents']:10,} documents {count['tokens']:14,} tokens {count['bytes'] / 1e6:9,.1f} MB")
+        print(f"{split:8} {count['documents']:10,} documents {count['tokens']:14,} tokens "
+              f"{count['bytes'] / 1e6:9,.1f} MB")
     share = cropped_share(MAX_SEQ_LEN, Tokenizer.from_directory().get_bos_token_id())
-    print(f"rows of {MAX_SEQ_LEN} tokens: none is lost to cropping, {100 * share:.1f} % of the rows end in a cropped piece")
+    print(f"rows of {MAX_SEQ_LEN} tokens: none is lost to cropping, {100 * share:.1f} % of the rows end in a "
+          "cropped piece")
     print(f"ready: {dataset_id()} for profile {PROFILE} in {data_dir()}; now run: uv run train.py")
 
 
