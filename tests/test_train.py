@@ -703,9 +703,9 @@ def test_the_compile_cache_is_kept_below_its_limit_by_deleting_the_oldest_files(
 
 def test_two_runs_may_delete_from_the_compile_cache_at_once(no_cache_variables, tmp_path):
     cache_files(tmp_path, *[10] * 20)
-    unlink = train.prepare.Path.unlink
+    unlink = prepare.Path.unlink
     slower = lambda path: [unlink(path), unlink(path)]  # the other run has deleted the file before
-    no_cache_variables.setattr(train.prepare.Path, "unlink", slower)
+    no_cache_variables.setattr(prepare.Path, "unlink", slower)
     train.keep_compiled_code(tmp_path, limit=50)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path)
 
@@ -730,6 +730,7 @@ def test_torch_reads_the_cache_variables_after_they_are_set():
     """It reads one of them when torch._functorch.config is imported: nothing may import that before main() sets it."""
     code = ("import os, sys, torch, prepare, train\n"
             "def stop(): sys.exit(print(*(name in sys.modules for name in ('torch._functorch.config', 'torch._inductor'))))\n"
+            "train.choose_device = lambda: (torch.device('cuda'), 'H100', torch.bfloat16)\n"
             "train.keep_compiled_code = lambda folder: stop()\ntrain.start_watchdog = lambda: None\ntrain.main()")
     folder = prepare.Path(train.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
