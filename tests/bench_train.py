@@ -1,6 +1,8 @@
-"""Measure what only a GPU can show: attention, the training step against a plain one, kernels, start-up.
+"""Measure what only a GPU can show: attention, the step against a plain one, kernels, start-up, the baseline.
 
-    uv run tests/bench_train.py [attention] [step] [profile] [overhead]        # without a name all four
+    uv run tests/bench_train.py [attention] [step] [profile] [overhead] [recipe]     # without a name all five
+
+`recipe` takes an hour: runs of five minutes each, from the faithful constants to those of train.py.
 
 Needs the prepared dataset of this machine and prints Markdown tables: medians with the range. On a CPU it runs in
 small, to show that it runs. "Plain" is the same GPT, optimizer and batch, compiled likewise, with whole float32 logits
@@ -258,32 +260,61 @@ def profile(steps=3):
 
 
 # ---------------------------------------------------------------------------
-# A whole run, shortened
+# Whole runs
 
 
-def overhead():
-    budget, eval_tokens = (20, prepare.EVAL_TOKENS) if CUDA else (2, 2**14)
-    run = f"import prepare, train; train.TIME_BUDGET, prepare.EVAL_TOKENS = {budget}, {eval_tokens}; train.main()"
-    header(f"train.py with a budget of {budget} s and {eval_tokens:,} tokens of evaluation", "cache of compiled code",
+EVAL_TOKENS = prepare.EVAL_TOKENS if CUDA else 2**14
+
+
+def whole_run(folder, env, constants):
+    """(what train.py printed with these constants, its summary as a dict of strings)."""
+    run = f"import prepare, train; prepare.EVAL_TOKENS = {EVAL_TOKENS}; vars(train).update({constants}); train.main()"
+    done = subprocess.run([sys.executable, "-c", run], cwd=folder, env=os.environ | dict(PYTHONPATH=str(REPO)) | env,
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"train.py with {constants} ended with {done.returncode}:\n{done.stdout[-3000:]}")
+    return done.stdout, dict(re.findall(r"^(\w+): +(.+)$", done.stdout, re.MULTILINE))
+
+
+def overhead(budget=20 if CUDA else 2):
+    header(f"train.py with a budget of {budget} s and {EVAL_TOKENS:,} tokens of evaluation", "cache of compiled code",
            "s to ready", "total - training s", "recompilations in training", "in evaluation", "peak MB", "attention")
     with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | dict(PYTHONPATH=str(REPO), TORCH_LOGS="recompiles", TORCHINDUCTOR_CACHE_DIR=f"{folder}/code")
-        env.pop("TRITON_CACHE_DIR", None)  # by default it is in the folder above
+        env = dict(TORCH_LOGS="recompiles", TORCHINDUCTOR_CACHE_DIR=f"{folder}/code", TRITON_CACHE_DIR=f"{folder}/triton")
         for cache in ("cold", "warm"):
-            done = subprocess.run([sys.executable, "-c", run], cwd=folder, env=env, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            if done.returncode:
-                raise SystemExit(f"train.py ended with {done.returncode}:\n{done.stdout[-3000:]}")
-            value = dict(re.findall(r"^(\w+): +(.+)$", done.stdout, re.MULTILINE))
-            ready = re.search(r"ready to train after ([\d.]+) s", done.stdout)
-            training, _, evaluation = done.stdout[ready.end():].rpartition("| loss ")  # the last progress line
+            output, value = whole_run(folder, env, dict(TIME_BUDGET=budget))
+            ready = re.search(r"ready to train after ([\d.]+) s", output)
+            training, _, evaluation = output[ready.end():].rpartition("| loss ")  # the last progress line
             row(cache, ready[1], f"{float(value['total_seconds']) - float(value['training_seconds']):.1f}",
                 *(text.count("Recompiling function") for text in (training, evaluation)),
                 value["peak_vram_mb"], value["attention"])
 
 
+# The constants of the faithful baseline where train.py has others, in the order in which `recipe` replaces them
+FAITHFUL = dict(
+    TOTAL_BATCH_SIZE=2**19, ASPECT_RATIO=64, EMBEDDING_LR=0.6, UNEMBEDDING_LR=0.004, VE_WEIGHT_DECAY=0.0,
+    SHORT_WINDOW=0.5, FINAL_LR_FRAC=0.0, WARMDOWN_RATIO=0.5)
+
+
+def recipe():
+    constants = FAITHFUL if CUDA else {name: FAITHFUL[name] for name in ("UNEMBEDDING_LR",)}
+    extra = {} if CUDA else dict(TIME_BUDGET=2)
+    header(f"Whole runs on {prepare.dataset_id()}, SEED={os.environ.get('SEED', 42)}: one more constant in each",
+           "constant", "val_bpb", "difference", "tokens M", "peak MB", "MFU %", "total s")
+    before, what = math.nan, "faithful baseline"
+    with tempfile.TemporaryDirectory() as folder:
+        while True:
+            _, value = whole_run(folder, {}, constants | extra)
+            row(what, value["val_bpb"], f"{float(value['val_bpb']) - before:+.4f}",
+                *(value[key] for key in ("total_tokens_M", "peak_vram_mb", "mfu_percent", "total_seconds")))
+            if not constants:
+                return
+            before, (name, old), *rest = float(value["val_bpb"]), *constants.items()
+            what, constants = f"{name} {old} -> {getattr(train, name)}", dict(rest)
+
+
 def main():
-    parts = {part.__name__: part for part in (attention, step, profile, overhead)}
+    parts = {part.__name__: part for part in (attention, step, profile, overhead, recipe)}
     names = sys.argv[1:] or list(parts)
     if set(names) - set(parts):
         raise SystemExit(f"{' '.join(names)}: choose among {', '.join(parts)}")
@@ -292,7 +323,8 @@ def main():
         raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)
     start = time.perf_counter()
     sys.stdout.reconfigure(line_buffering=True)
-    prepare.start_watchdog()
+    if names[0] != "recipe":  # whose runs have one each
+        prepare.start_watchdog()
     torch.set_float32_matmul_precision("high")  # this and the next two as train.main
     train.keep_compiled_code(prepare.CACHE / "compiled")
     if not CUDA:

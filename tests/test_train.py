@@ -32,7 +32,7 @@ def backend(name, device):
 
 def small_config(**changes):
     values = dict(vocab_size=50, seq_len=16, n_layer=3, n_head=4, n_kv_head=2, head_dim=8, windows=[8, 8, 15],
-                  dtype=torch.float32, bigram_rows=0, smear=False)
+                  dtype=torch.float32, bigram_rows=0)
     return train.GPTConfig(**values | changes)
 
 
@@ -112,9 +112,10 @@ def test_the_model_is_causal_and_its_reach_is_the_sum_of_its_windows(name, devic
     assert moved.nonzero().flatten().tolist() == list(range(20, 20 + 3 * 4 + 1))
 
 
-@pytest.mark.parametrize("extra", [dict(bigram_rows=64), dict(smear=True)])
-def test_bigrams_and_smear_look_back_by_one_and_never_ahead(extra):
-    model = small_model(windows=[0, 0, 0], **extra)
+@pytest.mark.parametrize("other", ["bigram.weight", "smear"])
+def test_bigrams_and_smear_look_back_by_one_and_never_ahead(other):
+    model = small_model(windows=[0, 0, 0], bigram_rows=64)
+    torch.nn.init.zeros_(model.get_parameter(other))  # each alone
     tokens = torch.randint(50, (1, 16))
     changed = tokens.clone()
     changed[0, 7] = (changed[0, 7] + 1) % 50
@@ -122,8 +123,9 @@ def test_bigrams_and_smear_look_back_by_one_and_never_ahead(extra):
     assert moved.nonzero().flatten().tolist() == [7, 8]
 
 
-def test_layer_windows_tile_the_pattern_and_end_in_full_context():
-    assert train.layer_windows("SSSL", 6, 64) == [32, 32, 32, 63, 32, 63]
+def test_layer_windows_tile_the_pattern_and_end_in_full_context(monkeypatch):
+    monkeypatch.setattr(train, "SHORT_WINDOW", 1 / 8)
+    assert train.layer_windows("SSSL", 6, 64) == [8, 8, 8, 63, 8, 63]
     with pytest.raises(SystemExit, match="WINDOW_PATTERN='SXL'"):
         train.layer_windows("SXL", 6, 64)
 
@@ -273,11 +275,11 @@ def test_initial_weights_follow_the_recipe():
         assert not block.attn.proj.weight.any() and not block.mlp.proj.weight.any()
         assert abs(block.attn.q.weight.std() - 128**-0.5) < 0.002
     assert [block.attn.ve_gate is not None for block in model.blocks] == [True, False, True]
-    assert (model.resid_lambdas == 1).all() and (model.x0_lambdas == 0.1).all()
+    assert (model.resid_lambdas == 1).all() and (model.x0_lambdas == torch.tensor(0.1)).all()
 
 
 def test_every_parameter_is_in_exactly_one_group():
-    model = small_model(bigram_rows=64, smear=True)
+    model = small_model(bigram_rows=64)
     grouped = [p for group in train.parameter_groups(model).values() for p in group]
     assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
     optimizer = train.make_optimizer(model)
@@ -400,7 +402,7 @@ def short_run(prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "start_watchdog", lambda: None)
     monkeypatch.setattr(prepare, "EVAL_TOKENS", 8 * prepare.MAX_SEQ_LEN)
-    for name, value in dict(DEPTH=2, ASPECT_RATIO=16, HEAD_DIM=16, BIGRAM_ROWS=0, SMEAR=True, TOTAL_BATCH_SIZE=1024, DEVICE_BATCH_SIZE=2,
+    for name, value in dict(DEPTH=2, ASPECT_RATIO=16, HEAD_DIM=16, BIGRAM_ROWS=2**10, TOTAL_BATCH_SIZE=1024, DEVICE_BATCH_SIZE=2,
                             TIME_BUDGET=1.0).items():
         monkeypatch.setattr(train, name, value)
     return monkeypatch
@@ -604,7 +606,7 @@ def test_nothing_is_compiled_after_warm_up(monkeypatch):
 def test_a_step_never_waits_for_the_device():
     """Tensors on the meta device have no values: whatever would read one on the host raises."""
     with torch.device("meta"):
-        model = train.GPT(small_config(bigram_rows=64, smear=True), train.sdpa_attention)
+        model = train.GPT(small_config(bigram_rows=64), train.sdpa_attention)
     optimizer, batch = train.make_optimizer(model), torch.zeros(2, 2, 16, dtype=torch.long, device="meta")
     for step in range(2):
         train.set_schedules(optimizer, step / 2, step)
@@ -625,7 +627,7 @@ def full_model(monkeypatch):
 
     def build(n_layer=8, n_head=4, n_kv_head=None):
         config = train.GPTConfig(8192, 2048, n_layer, n_head, n_kv_head or n_head, 128,
-                                 train.layer_windows("SSSL", n_layer, 2048), torch.bfloat16, 0, False)
+                                 train.layer_windows("SSSL", n_layer, 2048), torch.bfloat16, 0)
         with torch.device("meta"):
             return train.GPT(config, None)
     return build
@@ -641,6 +643,20 @@ def test_rows_that_fit_grow_with_the_memory_of_the_gpu(full_model):
         assert peak < 0.9 * gigabytes - 0.5
     assert train.rows_that_fit(model, math.inf) == 128 and train.rows_that_fit(model, 0) == 1
     assert train.rows_that_fit(full_model(n_layer=16, n_head=8), 80 * 10**9) == 32
+
+
+def test_the_full_profile_keeps_its_total_batch_on_small_gpus():
+    code = """import json, torch, train
+with torch.device("meta"):
+    model = train.GPT(train.config_from_constants(torch.bfloat16), None)
+rows = [train.rows_that_fit(model, gigabytes * 10**9) for gigabytes in (8, 12, 16, 24, 48, 80, 141)]
+print(json.dumps([rows, train.TOTAL_BATCH_SIZE, train.MAX_SEQ_LEN]))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=prepare.Path(train.__file__).parent,
+                          env=os.environ | dict(AUTORESEARCH_PROFILE="full"),
+                          capture_output=True, text=True, check=True)
+    rows, total, T = json.loads(done.stdout)
+    assert rows == [4, 8, 16, 16, 32, 32, 32]
+    assert all(total % (count * T) == 0 for count in rows)
 
 
 @pytest.mark.parametrize("n_layer, n_head, n_kv_head", [(8, 4, 4), (2, 4, 4), (8, 4, 1), (4, 8, 4)])

@@ -41,7 +41,7 @@ class Wrapped(Table):
 def gpt(attend=train.sdpa_attention, dtype=torch.float32, head_dim=16):
     """The model of train.py with weights that are all different from 0, so that every path carries something."""
     torch.manual_seed(0)
-    config = train.GPTConfig(prepare.VOCAB_SIZE, T, 3, 2, 1, head_dim, [T // 2, T // 2, T - 1], dtype, 256, True)
+    config = train.GPTConfig(prepare.VOCAB_SIZE, T, 3, 2, 1, head_dim, [T // 2, T // 2, T - 1], dtype, 256)
     model = train.GPT(config, attend)
     with torch.no_grad():
         for p in model.parameters():
