@@ -2,7 +2,8 @@
 
     uv run tests/bench_train.py [attention] [step] [profile] [overhead] [recipe]     # without a name all five
 
-`recipe` takes an hour: runs of five minutes each, from the faithful constants to those of train.py.
+`recipe` takes an hour: runs of five minutes each, from the faithful constants to those of train.py. On a GPU, `step`
+and `profile` measure the model of the faithful constants.
 
 Needs the prepared dataset of this machine and prints Markdown tables: medians with the range. On a CPU it runs in
 small, to show that it runs. "Plain" is the same GPT, optimizer and batch, compiled likewise, with whole float32 logits
@@ -34,6 +35,11 @@ import train
 T = train.MAX_SEQ_LEN
 DEVICE, DEVICE_NAME, DTYPE = train.choose_device()
 CUDA = DEVICE.type == "cuda"
+
+# The constants of the faithful baseline where train.py has others, in the order in which `recipe` replaces them
+FAITHFUL = dict(
+    TOTAL_BATCH_SIZE=2**19, ASPECT_RATIO=64, EMBEDDING_LR=0.6, UNEMBEDDING_LR=0.004, VE_WEIGHT_DECAY=0.0,
+    SHORT_WINDOW=0.5, FINAL_LR_FRAC=0.0, WARMDOWN_RATIO=0.5)
 
 
 def row(*cells):
@@ -132,6 +138,8 @@ class Trainer:
 
     def __init__(self):
         torch.manual_seed(42)
+        if CUDA:
+            vars(train).update(FAITHFUL)  # the model that figures have been published for
         name, attend = train.choose_attention(DEVICE)
         self.model = model = train.GPT(train.config_from_constants(DTYPE), attend).to(DEVICE)
         if CUDA:
@@ -280,9 +288,9 @@ def overhead(budget=20 if CUDA else 2):
     header(f"train.py with a budget of {budget} s and {EVAL_TOKENS:,} tokens of evaluation", "cache of compiled code",
            "s to ready", "total - training s", "recompilations in training", "in evaluation", "peak MB", "attention")
     with tempfile.TemporaryDirectory() as folder:
-        env = dict(TORCH_LOGS="recompiles", TORCHINDUCTOR_CACHE_DIR=f"{folder}/code", TRITON_CACHE_DIR=f"{folder}/triton")
+        caches = {f"{name}_CACHE_DIR": f"{folder}/{name}" for name in ("TORCHINDUCTOR", "TRITON")}
         for cache in ("cold", "warm"):
-            output, value = whole_run(folder, env, dict(TIME_BUDGET=budget))
+            output, value = whole_run(folder, caches | dict(TORCH_LOGS="recompiles"), dict(TIME_BUDGET=budget))
             ready = re.search(r"ready to train after ([\d.]+) s", output)
             training, _, evaluation = output[ready.end():].rpartition("| loss ")  # the last progress line
             row(cache, ready[1], f"{float(value['total_seconds']) - float(value['training_seconds']):.1f}",
@@ -290,22 +298,16 @@ def overhead(budget=20 if CUDA else 2):
                 value["peak_vram_mb"], value["attention"])
 
 
-# The constants of the faithful baseline where train.py has others, in the order in which `recipe` replaces them
-FAITHFUL = dict(
-    TOTAL_BATCH_SIZE=2**19, ASPECT_RATIO=64, EMBEDDING_LR=0.6, UNEMBEDDING_LR=0.004, VE_WEIGHT_DECAY=0.0,
-    SHORT_WINDOW=0.5, FINAL_LR_FRAC=0.0, WARMDOWN_RATIO=0.5)
-
-
 def recipe():
     constants = FAITHFUL if CUDA else {name: FAITHFUL[name] for name in ("UNEMBEDDING_LR",)}
     extra = {} if CUDA else dict(TIME_BUDGET=2)
     header(f"Whole runs on {prepare.dataset_id()}, SEED={os.environ.get('SEED', 42)}: one more constant in each",
            "constant", "val_bpb", "difference", "tokens M", "peak MB", "MFU %", "total s")
-    before, what = math.nan, "faithful baseline"
+    before, what = None, "faithful baseline"
     with tempfile.TemporaryDirectory() as folder:
         while True:
             _, value = whole_run(folder, {}, constants | extra)
-            row(what, value["val_bpb"], f"{float(value['val_bpb']) - before:+.4f}",
+            row(what, value["val_bpb"], f"{float(value['val_bpb']) - before:+.4f}" if before else "",
                 *(value[key] for key in ("total_tokens_M", "peak_vram_mb", "mfu_percent", "total_seconds")))
             if not constants:
                 return
