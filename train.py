@@ -35,7 +35,7 @@ ASPECT_RATIO = 96  # model_dim = DEPTH * ASPECT_RATIO, rounded up to a multiple 
 HEAD_DIM = 128  # channels of an attention head
 QUERIES_PER_KV = 1  # query heads that share a key/value head
 WINDOW_PATTERN = "SSSL"  # tiled over the layers: L full context, S SHORT_WINDOW of it; the last layer is always L
-SHORT_WINDOW = 1 / 8
+SHORT_WINDOW = 1 / 8  # share of the context, counted to the left
 VE_GATE_CHANNELS = 32  # channels of x that the value embeddings' gate sees
 SOFTCAP = 15  # logits lie in (-SOFTCAP, SOFTCAP)
 BIGRAM_ROWS = 0  # hashed embeddings of (previous token, token), and a learned share of the one before; 0 is none
