@@ -66,6 +66,15 @@ def test_constants_are_upper_case_one_a_line_and_commented():
     assert all(re.match(r"[A-Z_]+ = \S.*  # \S", line) for line in lines), lines
 
 
+def test_the_table_of_the_baseline_has_the_constants_of_the_recipe_and_of_train():
+    import bench_train
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `?([\d*./]+)`? \| `?([\d*./]+)`? \|", README.read_text(), re.MULTILINE)
+    assert {name: eval(old) for name, old, _ in rows} == bench_train.FAITHFUL
+    code = (REPO / "train.py").read_text()
+    for name, _, new in rows:  # the first assignment is that of the full profile
+        assert eval(re.search(rf"^{name} = (.*?)  #", code, re.MULTILINE)[1]) == eval(new), name
+
+
 def test_the_top_level_has_nothing_else():
     top = {name.split("/")[0] for name in tracked()}
     assert top <= {"prepare.py", "train.py", "program.md", "analysis.ipynb", "pyproject.toml", "README.md", "tests", ".ci",

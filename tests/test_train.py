@@ -299,6 +299,13 @@ def test_flops_count_six_per_matmul_parameter_and_the_visible_keys():
 # --- optimizer
 
 
+def test_only_the_value_embeddings_have_adams_weight_decay(monkeypatch):
+    monkeypatch.setattr(train, "VE_WEIGHT_DECAY", 0.004)
+    model = small_model(bigram_rows=64)
+    decayed = [p for group in train.make_optimizer(model).param_groups if group["weight_decay"] for p in group["params"]]
+    assert list(map(id, decayed)) == list(map(id, model.value_embeds.parameters())) and len(decayed) == 2
+
+
 def test_adamw_equals_torch():
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.ones(7, 5)) for _ in range(2))
