@@ -441,11 +441,11 @@ class MuonAdamW(torch.optim.Optimizer):
                       beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
             else:
                 rows, cols = params[0].shape
-                scalar = torch.tensor  # so that no value is compiled in
-                new = self.muon_update(
+                new = self.muon_update(  # scheduled values as tensors, so that none is compiled in
                     torch.stack(params), torch.stack([p.grad for p in params]), state[0]["momentum_buffer"],
-                    state[0]["second_moment"], scalar(group["lr"] * max(1, rows / cols) ** 0.5),
-                    scalar(group["weight_decay"]), scalar(group["momentum"]), group["beta2"], POLAR_STEPS, self.dtype)
+                    state[0]["second_moment"], torch.tensor(group["lr"] * max(1, rows / cols) ** 0.5),
+                    torch.tensor(group["weight_decay"]), torch.tensor(group["momentum"]), group["beta2"], POLAR_STEPS,
+                    self.dtype)
                 torch._foreach_copy_(params, list(new.unbind()))
 
 
