@@ -2,17 +2,12 @@
 
     uv run prepare.py [--num-shards N] [--download-workers N]
 
-Fetches text, trains a tokenizer and tokenizes every split once into AUTORESEARCH_CACHE
-(default ~/.cache/autoresearch). Running it again verifies what is there and returns.
-The file reads in the order data flows: text, tokenizer, token files, rows, bits per byte.
+Fetches text, trains a tokenizer, tokenizes every split once: in the order of this file.
 """
 
 import argparse
 import base64
 import bisect
-import collections
-import concurrent.futures
-import contextlib
 import faulthandler
 import functools
 import hashlib
@@ -20,417 +15,362 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
 import sysconfig
 import threading
-import time
-import urllib.parse
+import warnings
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 import requests
 import rustbpe
 import tiktoken
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout  # torch itself depends on filelock
+from filelock import FileLock
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------
-# Constants. An experiment is comparable only with others that share all of them.
+# Constants, which all comparable experiments share
 
 TIME_BUDGET = 300  # seconds of training
-PROFILES = {  # name: (dataset, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS)
-    "full": ("climbmix", 8192, 2048, 40 * 2**19),  # a CUDA GPU
-    "small": ("tinystories", 4096, 512, 2**21),  # Apple MPS
-    "tiny": ("python", 2048, 256, 2**18),  # CPU only
+PROFILES = {  # dataset, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS
+    "full": ("climbmix", 8192, 2048, 40 * 2**19),
+    "small": ("tinystories", 4096, 512, 2**21),
+    "tiny": ("python", 2048, 256, 2**18),
 }
+FULL_GB, FULL_MULTIPROCESSORS = 15, 60  # with less `full` does not end within ten minutes
 DATASETS = ("climbmix", "tinystories", "python")
 SPLITS = ("val", "holdout", "train")
-
-
-def _choose_profile():
-    if torch.cuda.is_available():
-        return "full"
-    return "small" if torch.backends.mps.is_available() else "tiny"
-
-
-def _choose_dataset(default):
-    name = os.environ.get("AUTORESEARCH_DATASET") or default
-    if name in DATASETS:
-        return name
-    folder = Path(name).expanduser().resolve()
-    if not folder.is_dir():
-        raise SystemExit(f"AUTORESEARCH_DATASET={name} is neither one of {', '.join(DATASETS)} nor a folder")
-    return str(folder)
-
-
-PROFILE = os.environ.get("AUTORESEARCH_PROFILE") or _choose_profile()
-if PROFILE not in PROFILES:
-    raise SystemExit(f"AUTORESEARCH_PROFILE={PROFILE} is unknown: choose one of {', '.join(PROFILES)}")
-DATASET, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS = PROFILES[PROFILE]
-DATASET = _choose_dataset(DATASET)
-
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 PREPARE = "run: uv run prepare.py"  # the remedy for whatever is missing or stale
+
+
+def nvidia_driver(root=Path("/")):
+    """Version of the NVIDIA driver, "" where only a GPU is found, None without one. It only reads files."""
+    version = root / "proc/driver/nvidia/version"
+    if version.exists():
+        return re.search(r"\d{3}\.[\d.]+|$", version.read_text())[0]
+    vendors = [path.read_text() for path in (root / "sys/bus/pci/devices").glob("*/vendor")]
+    if "0x10de\n" in vendors or (root / "usr/lib/wsl/lib/libcuda.so.1").exists():
+        return ""
+
+
+def refuse_gpu(problem, wheel):
+    raise SystemExit(
+        f"torch {torch.__version__} cannot use this NVIDIA GPU: {problem}. Update the driver (in a container, pass the "
+        "GPU on), or install torch for an older CUDA: uv pip install --no-config torch==2.11.0 --index-url "
+        f"https://download.pytorch.org/whl/{wheel} && export UV_NO_SYNC=1, or use the CPU: AUTORESEARCH_PROFILE=tiny")
+
+
+def choose_profile():
+    """(profile, reason) for this machine."""
+    forced = os.environ.get("AUTORESEARCH_PROFILE")
+    if forced in PROFILES:
+        return forced, "AUTORESEARCH_PROFILE"
+    if forced:
+        raise SystemExit(f"AUTORESEARCH_PROFILE={forced} is unknown: choose one of {', '.join(PROFILES)}")
+    with warnings.catch_warnings(record=True) as heard:  # of a driver that torch cannot use
+        warnings.simplefilter("always")
+        gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    if gpu:
+        archs = " ".join(torch.cuda.get_arch_list())
+        minors = [int(minor) for minor in re.findall(rf"sm_{gpu.major}(\d)\b", archs)]
+        if "sm_" in archs and min(minors, default=9) > gpu.minor:
+            refuse_gpu(f"{gpu.name} is sm_{gpu.major}{gpu.minor}, built for {archs}", "cu126")
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        gigabytes, multiprocessors = round(gpu.total_memory / 1e9), gpu.multi_processor_count
+        full = bf16 and gigabytes >= FULL_GB and multiprocessors >= FULL_MULTIPROCESSORS
+        return "full" if full else "small", (f"{gpu.name} has {gigabytes} GB, {multiprocessors} multiprocessors and "
+                                             f"{'bf16' if bf16 else 'no bf16'}")
+    if torch.backends.mps.is_available():
+        return "small", "Apple GPU"
+    driver = nvidia_driver()
+    if driver is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "tiny", "no GPU"
+    cuda = torch.version.cuda or "none"
+    needed = 580 if cuda.startswith("13") else 525
+    words = str(heard[0].message).split(". ")[0][:160] if heard else "no driver answers"
+    refuse_gpu(f"built for CUDA {cuda} and driver {needed} or newer, found {driver or 'none'} ({words})", "cu128")
+
+
+PROFILE, PROFILE_REASON = choose_profile()
+DATASET, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS = PROFILES[PROFILE]
+DATASET = os.environ.get("AUTORESEARCH_DATASET") or DATASET
+if DATASET not in DATASETS:  # the absolute path of a folder
+    DATASET = str(Path(DATASET).expanduser().resolve())
+    if not Path(DATASET).is_dir():
+        raise SystemExit(f"AUTORESEARCH_DATASET={DATASET} is neither one of {', '.join(DATASETS)} nor a folder")
 
 # ---------------------------------------------------------------------------
 # Text: the four kinds of dataset, as streams of (split, document)
 
 HUB_REPOS = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "karpathy/tinystories-gpt4-clean"}
-CLIMBMIX_SHARD = "shard_{:05d}.parquet"
 CLIMBMIX_VAL, CLIMBMIX_HOLDOUT = 6542, 6541  # the last two shards; all before them are for training
 DEFAULT_SHARDS = 10
-TINYSTORIES_FILE = "tinystories_gpt4_clean.parquet"
+DISK_GB = {"climbmix": 0.226, "tinystories": 3.0, "python": 0.1}  # text and tokens; climbmix: a shard
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".txt", ".md", ".py", ".rst")
 FILE_CHARS = 20_000  # a longer text file is several documents
-PYTHON_BYTES = 100_000_000  # cap of the python dataset: ready within a minute on two cores
+PYTHON_BYTES = 100_000_000  # so that two cores are ready within a minute
 
 
-def digest(text):
-    """16 bytes that identify a document by its content."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
-def split_of(text):
-    """Split of a document of the python dataset or a folder: 2 % val, 2 % holdout, by content alone."""
-    return {0: "val", 1: "val", 2: "holdout", 3: "holdout"}.get(int.from_bytes(digest(text), "big") % 100, "train")
+def raw_dir():
+    return CACHE / "raw" / DATASET
 
 
 def hub_files(num_shards):
-    """Names of a Hugging Face dataset's files in the order in which documents() reads them."""
     if DATASET == "tinystories":
-        return [TINYSTORIES_FILE]
-    num_shards = CLIMBMIX_HOLDOUT if num_shards == -1 else num_shards
-    return [CLIMBMIX_SHARD.format(i) for i in (CLIMBMIX_VAL, CLIMBMIX_HOLDOUT, *range(num_shards))]
+        return ["tinystories_gpt4_clean.parquet"]
+    shards = range(CLIMBMIX_HOLDOUT if num_shards == -1 else num_shards)
+    return [f"shard_{i:05d}.parquet" for i in (CLIMBMIX_VAL, CLIMBMIX_HOLDOUT, *shards)]
+
+
+def digest(text):
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def split_of(text):
+    """Split of a document of the python dataset or a folder, by content alone."""
+    percent = int.from_bytes(digest(text), "big") % 100
+    return "val" if percent < 2 else "holdout" if percent < 4 else "train"
 
 
 def read_parquet(path):
-    """Yield the non-null strings of a parquet file's `text` column; ValueError when it has none."""
+    """Yield the strings of column `text`."""
     with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-        if "text" not in file.schema_arrow.names:
-            raise ValueError(f"no column `text`, only {', '.join(file.schema_arrow.names)}")
+        types = {field.name: field.type for field in file.schema_arrow}
+        if types.get("text") not in (pyarrow.string(), pyarrow.large_string()):
+            raise ValueError("no column `text` of strings")
         for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-            for text in batch.column(0).to_pylist():
-                if text is not None and not isinstance(text, str):
-                    raise ValueError(f"column `text` holds {type(text).__name__}, not strings")
-                if text:
-                    yield text
+            yield from filter(None, batch.column(0).to_pylist())
 
 
-def read_file(path):
-    """Yield the documents of one file of a user's folder; raises OSError or ValueError.
-
-    A text longer than FILE_CHARS is cut at the ends of lines, so that a few books give all three splits.
-    """
-    if path.suffix.lower() == ".parquet":
-        yield from read_parquet(path)
-    elif path.suffix.lower() == ".jsonl":
-        with open(path, encoding="utf-8-sig") as lines:  # some editors begin a file with a byte-order mark
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                        raise ValueError(f"line {number} has no field `text` that is a string")
-                    yield row["text"]
-    else:
-        with open(path, encoding="utf-8-sig") as file:
-            while text := file.read(FILE_CHARS) + file.readline(FILE_CHARS):
-                yield text
+def read_jsonl(path):
+    """Yield the `text` of every line; lone surrogates, which UTF-8 cannot encode, are replaced."""
+    with open(path, encoding="utf-8-sig") as lines:  # some files begin with a byte-order mark
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise ValueError(f"line {number} has no string `text`")
+                yield row["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def folder_files(folder):
-    """Every text file below `folder`, sorted, each once however many links lead to it."""
-    found, seen = {}, set()
-    unreadable = lambda error: found.setdefault(error.filename, Path(error.filename))  # folder_documents() names it
-    for parent, subfolders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link back up: do not walk the loop
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()
-        for path in (Path(parent, name) for name in sorted(names) if name.lower().endswith(FOLDER_SUFFIXES)):
-            if path.is_file():  # neither a pipe nor a broken link
-                found.setdefault(os.path.realpath(path), path)
-    return list(found.values())
+def read_text(path):
+    """Yield pieces of whole lines, so that a few books fill three splits."""
+    with open(path, encoding="utf-8-sig") as file:
+        while text := file.read(FILE_CHARS) + file.readline(FILE_CHARS):
+            yield text
 
 
-@functools.lru_cache(None)  # once each, though a folder is read for the tokenizer and again for the token files
-def complain(line):
-    print(line, file=sys.stderr)
+@functools.lru_cache(None)  # once each, though a folder is read several times
+def complain(path, reason):
+    print(f"skipped {path}: {reason}", file=sys.stderr)
 
 
-def folder_documents(folder):
-    """Yield the documents of a folder; a file that cannot be read is named, counted and left out."""
-    skipped = 0
-    for path in folder_files(folder):
-        count = 0
+def folder_files():
+    """Every text file below the folder, sorted; links to folders are not followed."""
+    files = []
+    for parent, _, names in os.walk(DATASET, onerror=lambda error: complain(error.filename, error.strerror)):
+        files += [Path(parent, name) for name in names if name.lower().endswith(FOLDER_SUFFIXES)]
+    return sorted(path for path in files if path.is_file())  # neither a pipe nor a broken link
+
+
+def folder_documents():
+    """Yield the folder's documents; what cannot be read is named and left out."""
+    readers = {".parquet": read_parquet, ".jsonl": read_jsonl}
+    for path in folder_files():
         try:
-            for count, text in enumerate(read_file(path), 1):
-                yield text
+            yield from readers.get(path.suffix.lower(), read_text)(path)
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            skipped += 1
-            if skipped <= 10:
-                reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).splitlines()[0]
-                complain(f"skipped {'the rest of ' if count else ''}{path}: {reason}")
-    if skipped:
-        complain(f"skipped {skipped} unreadable files of {folder}: mend them and run again to include them")
+            complain(path, str(error).splitlines()[0])
 
 
 @functools.lru_cache(1)
 def python_documents():
-    """Source files of the running interpreter, without repeats, ordered by content hash, at most 100 MB."""
-    paths = sysconfig.get_paths()
-    texts = {}
+    """The interpreter's Python files, each text once, ordered by hash."""
+    paths, texts = sysconfig.get_paths(), {}
     for root in {paths["stdlib"], paths["purelib"], paths["platlib"]}:
         for path in Path(root).rglob("*.py"):
-            if "site-packages" in path.parts[len(Path(root).parts):]:
-                continue  # the base interpreter's packages are not this environment's
-            with contextlib.suppress(OSError, UnicodeDecodeError):  # Lib/test has files in other encodings
+            if "site-packages" in path.relative_to(root).parts:
+                continue  # of the base interpreter
+            try:
                 text = path.read_text(encoding="utf-8")
                 texts[digest(text)] = text
+            except (OSError, UnicodeDecodeError):
+                pass  # the standard library tests other encodings
     sizes = itertools.accumulate(len(texts[key].encode()) for key in sorted(texts))
     return [texts[key] for key, size in zip(sorted(texts), sizes) if size <= PYTHON_BYTES]
 
 
 def documents(num_shards):
-    """Yield (split, text) over the whole dataset, validation and holdout first where files are per split."""
-    if DATASET in HUB_REPOS:
-        for number, name in enumerate(hub_files(num_shards)):
-            for row, text in enumerate(read_parquet(raw_dir() / name)):
-                if DATASET == "tinystories":
-                    yield "holdout" if row < 10_000 else "val" if row < 20_000 else "train", text
-                else:
-                    yield SPLITS[min(number, 2)], text
+    """Yield (split, text) of the whole dataset."""
+    if DATASET == "climbmix":
+        for name, split in itertools.zip_longest(hub_files(num_shards), SPLITS[:2], fillvalue="train"):
+            yield from ((split, text) for text in read_parquet(raw_dir() / name))
+    elif DATASET == "tinystories":
+        for row, text in enumerate(read_parquet(raw_dir() / hub_files(1)[0])):
+            yield "holdout" if row < 10_000 else "val" if row < 20_000 else "train", text
     else:
-        for text in python_documents() if DATASET == "python" else folder_documents(DATASET):
+        for text in python_documents() if DATASET == "python" else folder_documents():
             yield split_of(text), text
 
 
-class Progress:
-    """A progress line: rewritten in place on a terminal; in a file after 10, 16, 26, ... seconds, 20 lines a day."""
-
-    def __init__(self):
-        self.start = time.monotonic()
-        self.next = 10
-
-    def show(self, line, end=False):
-        seconds = time.monotonic() - self.start
-        if sys.stdout.isatty():
-            print(f"\r{line:<78}", end="\n" if end else "", flush=True)
-        elif end or seconds >= self.next:
-            self.next = 1.6 * seconds
-            print(line, flush=True)
+def disk_gb(num_shards):
+    """About what text and token files take on disk."""
+    if DATASET not in DATASETS:
+        return sum(path.stat().st_size for path in folder_files()) / 1e9
+    return DISK_GB[DATASET] * (len(hub_files(num_shards)) if DATASET == "climbmix" else 1)
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """Hold the lock file beside `folder`, which one process at a time may change."""
-    lock = FileLock(f"{folder}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"another prepare.py is at work on {folder}: waiting for it", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+def progress_bar(what):
+    """Rewritten in place, in a file twice a minute."""
+    return tqdm(desc=what, unit="B", unit_scale=True, file=sys.stdout, mininterval=0.5 if sys.stdout.isatty() else 30)
 
 
 # ---------------------------------------------------------------------------
 # Download
 
 DOWNLOAD_WAITS = (1, 2, 4, 8, 16)  # seconds between the attempts at one file
-DOWNLOAD_TIMEOUT = 10  # seconds without a byte; also the longest that Ctrl-C may take
+DOWNLOAD_TIMEOUT = 10  # seconds without a byte, and the longest that Ctrl-C takes
 MAX_RETRY_AFTER = 300  # seconds
 CHUNK_BYTES = 2**16  # the most that a cut connection loses
 
 
-def verify_parquet(path):
-    """Decode a whole downloaded file; one that is not a parquet file of text is deleted and raises ValueError."""
+def is_text(path):
+    """Whether all of `path` is a parquet file of text."""
     try:
-        if not sum(1 for _ in read_parquet(path)):
-            raise ValueError("it has no text")
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        path.unlink()
-        raise ValueError(f"not a parquet file of text ({str(error).splitlines()[0]})") from None
+        return sum(1 for _ in read_parquet(path)) > 0
+    except (OSError, ValueError, pyarrow.ArrowException):
+        return False
 
 
-class Downloader:
-    """Fetches files of a Hugging Face dataset repo into `folder`, several at a time.
+def fetch_all(names, workers):
+    """Have all files complete and verified in raw_dir()."""
+    raw_dir().mkdir(parents=True, exist_ok=True)
+    stop = threading.Event()  # set on the first failure and on Ctrl-C
+    with progress_bar("downloading") as bar, ThreadPoolExecutor(workers) as pool:
+        try:
+            for done in as_completed([pool.submit(fetch, name, bar, stop) for name in names]):
+                done.result()  # raises what fetch() raised
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
-    A file is first `<name>.part`, which a later attempt or a later run continues by Range, and gets
-    its name only when every row group of it reads as text.
-    """
 
-    def __init__(self, repo, folder):
-        endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-        self.url = f"{endpoint.rstrip('/')}/datasets/{repo}/resolve/main/"
-        self.remedies = dict.fromkeys((401, 403), f"set HF_TOKEN to a token that may read {repo}")
-        self.remedies[404] = f"check that HF_ENDPOINT has {repo}"
-        self.folder = folder
-        self.stop = threading.Event()  # set on the first failure and on Ctrl-C
-        self.sizes, self.have, self.received = {}, collections.Counter(), collections.Counter()  # bytes by name
-
-    def fetch_all(self, names, workers):
-        """Have every file of `names` complete and verified; SystemExit with one line if any of them fails."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder), concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            progress, done = Progress(), 0
-            waiting = files = [pool.submit(self.fetch, name) for name in names]
-            try:
-                while waiting:
-                    finished, waiting = concurrent.futures.wait(files, 0.5, concurrent.futures.FIRST_EXCEPTION)
-                    done = sum(not file.exception() for file in finished)
-                    progress.show(self.describe(done, len(names), time.monotonic() - progress.start))
-                    for file in finished:
-                        file.result()  # raises what fetch() raised
-            finally:
-                self.stop.set()
-                pool.shutdown(cancel_futures=True)
-                progress.show(self.describe(done, len(names), time.monotonic() - progress.start), end=True)
-
-    def describe(self, done, files, seconds):
-        have, known = sum(self.have.values()), sum(self.sizes.values())
-        total = known / max(1, len(self.sizes)) * files  # files not begun count as the mean
-        rate = sum(self.received.values()) / max(seconds, 1e-3)
-        left = "{}:{:02}".format(*divmod(round(max(0, total - have) / rate), 60)) if rate else "?"
-        return (f"downloaded {done}/{files} files | {have / 1e6:,.0f}/{total / 1e6:,.0f} MB | "
-                f"{rate / 1e6:.1f} MB/s | {left} left")
-
-    def fetch(self, name):
-        """Have one file complete and verified, or raise SystemExit with what to do."""
-        path, part, bad = self.folder / name, self.folder / f"{name}.part", 0
-        if path.exists():
-            self.sizes[name] = self.have[name] = path.stat().st_size
-            with contextlib.suppress(ValueError):  # damaged since: fetch it again
-                return verify_parquet(path)
-        for wait in (*DOWNLOAD_WAITS, None):
-            remedy = None
-            try:
-                self.receive(name, part)
-                verify_parquet(part)
+def fetch(name, bar, stop):
+    """Have one file complete and verified; until then it is `<name>.part`, which any run continues."""
+    path, part = raw_dir() / name, raw_dir() / f"{name}.part"
+    if is_text(path):
+        return
+    for wait in (*DOWNLOAD_WAITS, None):
+        try:
+            receive(name, part, bar, stop)
+            if is_text(part):
                 return os.replace(part, path)
-            except requests.HTTPError as error:
-                status, retry_after = error.response.status_code, error.response.headers.get("Retry-After", "")
-                problem = f"HTTP {status} from {urllib.parse.urlsplit(error.response.url).hostname}"
-                remedy = self.remedies.get(status)
-                if wait is not None and retry_after.isdigit():
-                    wait = min(int(retry_after), MAX_RETRY_AFTER)
-            except requests.RequestException as error:
-                if isinstance(error, ValueError):  # a malformed URL or header, whose text may hold the token
-                    problem, remedy = type(error).__name__, "check HF_ENDPOINT and HF_TOKEN"
-                else:
-                    while error.__context__:  # the innermost says it in words: Connection refused
-                        error = error.__context__
-                    problem = f"{getattr(error, 'strerror', None) or error}: {urllib.parse.urlsplit(self.url).hostname}"
-            except ValueError as error:
-                problem, bad = str(error), bad + 1
-                remedy = bad > 1 and "it came twice: check HF_ENDPOINT or run again later"
-            except OSError as error:  # a full disk or a missing permission does not pass by waiting
-                problem, remedy = f"{error.strerror or error}: {self.folder}", "mend that and run again to continue"
-            if remedy or wait is None or self.stop.wait(wait):
-                break
-        raise SystemExit(f"download failed: {name}: {problem}; {remedy or 'run again to continue from what is there'}")
+            part.unlink()
+            problem, hopeless = "not a parquet file of text", False
+        except requests.HTTPError as error:
+            status, retry_after = error.response.status_code, error.response.headers.get("Retry-After", "")
+            problem, hopeless = f"HTTP {status}", status in (401, 403, 404)
+            if retry_after.isdigit() and wait is not None:
+                wait = min(int(retry_after), MAX_RETRY_AFTER)
+        except (requests.RequestException, UnicodeError) as error:
+            problem = type(error).__name__  # its text may hold the token
+            hopeless = isinstance(error, ValueError)  # a malformed URL or header
+        if hopeless or wait is None or stop.wait(wait):
+            raise SystemExit(f"download of {name} failed: {problem}; check the network, HF_ENDPOINT and HF_TOKEN, "
+                             "then run again to continue")
 
-    def receive(self, name, part):
-        """One request for one file, from where its .part ends; urllib3 compares the length with the announced one."""
-        have = part.stat().st_size if part.exists() else 0
-        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-        if token := os.environ.get("HF_TOKEN", "").strip():
-            headers["Authorization"] = f"Bearer {token}"  # requests drops it when redirected to another host
-        with requests.get(self.url + name, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
-            if response.status_code == 416 and have:
-                return  # nothing comes after the part: the verification tells whether it is the file
-            response.raise_for_status()
-            have = have if response.status_code == 206 else 0
-            self.have[name], self.sizes[name] = have, have + (response.raw.length_remaining or 0)
-            with open(part, "ab" if have else "wb") as file:
-                for chunk in response.iter_content(CHUNK_BYTES):
-                    file.write(chunk)
-                    self.have[name] += len(chunk)
-                    self.received[name] += len(chunk)
-                    if self.stop.is_set():
-                        raise SystemExit("stopped")
+
+def receive(name, part, bar, stop):
+    """One request for a file, from where its part ends; urllib3 checks its length."""
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    url = f"{endpoint.rstrip('/')}/datasets/{HUB_REPOS[DATASET]}/resolve/main/{name}"
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    if token := os.environ.get("HF_TOKEN", "").strip():
+        headers["Authorization"] = f"Bearer {token}"  # requests drops it when redirected to another host
+    with requests.get(url, headers=headers, stream=True, timeout=DOWNLOAD_TIMEOUT) as response:
+        if response.status_code == 416 and have:
+            return  # nothing follows: is_text() tells whether it is whole
+        response.raise_for_status()
+        with open(part, "ab" if response.status_code == 206 else "wb") as file:
+            for chunk in response.iter_content(CHUNK_BYTES):
+                file.write(chunk)
+                bar.update(len(chunk))
+                if stop.is_set():
+                    raise SystemExit("stopped")
 
 
 # ---------------------------------------------------------------------------
 # Tokenizer
 
-# GPT-4's split pattern, with digits in groups of at most two: a small vocabulary has no room for 1,000 triples.
+# GPT-4's, but with digits in groups of two at most: a small vocabulary has no room for 1,000 triples
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the first is BOS
-TRAIN_CHARS = 500_000_000  # the tokenizer learns from at most this much of the training split ...
-TRAIN_SHARDS = 2  # ... and of these first shards, so that it does not depend on how many were fetched
-TRAIN_DOC_CHARS = 10_000  # no document weighs more than this
-SEGMENT_CHARS = 100_000  # longer texts are encoded in segments: a megabyte without a space overflows the regex
+FORMAT = 2  # of tokenizer and token files; a change of it makes old caches stale
+TRAIN_CHARS = 500_000_000  # from which the tokenizer is learnt ...
+TRAIN_SHARDS = 2  # ... within the first shards, so that it does not depend on how many were fetched
+TRAIN_DOC_CHARS = 10_000  # ... at the beginnings of documents
+SEGMENT_CHARS = 100_000  # encoded at a time: a megabyte without a space overflows the regex
 
 
-def clean(text):
-    """`text` with lone surrogates, which UTF-8 cannot encode, replaced by U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def tokenizer_texts(num_shards):
+    chars = 0
+    for split, text in documents(TRAIN_SHARDS if num_shards == -1 else min(num_shards, TRAIN_SHARDS)):
+        if split == "train":
+            yield text[:TRAIN_DOC_CHARS]
+            chars += min(len(text), TRAIN_DOC_CHARS)
+            if chars >= TRAIN_CHARS:
+                return
 
 
 class Tokenizer:
-    """Byte-level BPE served by tiktoken. Ids: bytes and merges first, then SPECIAL_TOKENS; BOS starts a row.
+    """Byte-level BPE served by tiktoken. Ids: bytes and merges first, then SPECIAL_TOKENS.
 
-    On disk it is `tokenizer.tiktoken`, one line "<base64 of the token's bytes> <rank>" each, and
-    `tokenizer.json` with the format's version, the split pattern and the special tokens.
+    On disk it is tiktoken's text format: lines of "<base64 of a token's bytes> <rank>".
     """
 
-    def __init__(self, ranks, pattern=SPLIT_PATTERN, special_tokens=SPECIAL_TOKENS):
-        self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
-        special = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
-        self.encoding = tiktoken.Encoding("autoresearch", pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens=special)
+    def __init__(self, ranks):
+        self.ranks = ranks
+        special_tokens = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.encoding = tiktoken.Encoding("autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
+                                          special_tokens=special_tokens)
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Learn `vocab_size` tokens from an iterator of texts; SystemExit when there is too little text."""
         bpe = rustbpe.Tokenizer()
-        texts = (clean(text[:TRAIN_DOC_CHARS]) for text in texts)
         bpe.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
         if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
-            raise SystemExit(f"{DATASET} has text for {len(ranks)} tokens, VOCAB_SIZE={vocab_size} needs more: "
-                             "add text")
+            raise SystemExit(f"{DATASET} has text for {len(ranks)} tokens, {VOCAB_SIZE=} needs more: add text")
         return cls(ranks)
 
     @classmethod
-    def from_directory(cls, directory=None):
-        """The tokenizer of the prepared dataset, or of `directory`; SystemExit when it is missing or broken."""
-        directory = Path(directory) if directory else (load_manifest() and data_dir())
-        try:
-            meta = json.loads((directory / "tokenizer.json").read_text())
-            if meta["format"] != FORMAT:
-                raise ValueError(f"format {meta['format']}, not {FORMAT}")
-            lines = (directory / "tokenizer.tiktoken").read_text().splitlines()
-            ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
-            return cls(ranks, meta["pattern"], meta["special_tokens"])
-        except (OSError, ValueError, KeyError) as error:
-            raise SystemExit(f"tokenizer in {directory} is unusable ({error}); {PREPARE}") from None
+    def from_directory(cls):
+        """The tokenizer of the prepared dataset."""
+        load_manifest()
+        lines = (data_dir() / "tokenizer.tiktoken").read_text().splitlines()
+        return cls({base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)})
 
     def save(self, directory):
-        """Write both files, after a round trip that must give the text back."""
-        for text in ("Hello world! 1234\n\tdéjà vu \u4f60\u597d \U0001f680", "".join(map(chr, range(0xD800)))):
-            if self.decode(self.encode(text)) != text:
-                raise SystemExit(f"the tokenizer does not give {text[:20]!r} back: not saved")
-        lines = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items())
-        meta = {"format": FORMAT, "pattern": self.pattern, "special_tokens": self.special_tokens}
-        (directory / "tokenizer.tiktoken").write_text(lines)
-        (directory / "tokenizer.json").write_text(json.dumps(meta, indent=1) + "\n")
+        """Write it, after a round trip that must give the text back."""
+        text = "Hello world! 1234\n\tdéjà vu \u4f60\u597d \U0001f680" + "".join(map(chr, range(0xD800)))
+        if self.decode(self.encode(text)) != text:
+            raise SystemExit("the tokenizer does not give text back: not saved")
+        lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items()]
+        (directory / "tokenizer.tiktoken").write_text("".join(lines))
 
     def get_vocab_size(self):
         return self.encoding.n_vocab
@@ -439,17 +379,17 @@ class Tokenizer:
         return len(self.ranks)
 
     def encode_numpy(self, text):
-        """Ids of one text as uint32; special tokens in the text are plain text. Releases the GIL."""
-        segments = [text[i:i + SEGMENT_CHARS] for i in range(0, len(text), SEGMENT_CHARS)]
-        ids = [self.encoding.encode_to_numpy(clean(segment), disallowed_special=()) for segment in segments]
-        return np.concatenate(ids) if ids else np.empty(0, np.uint32)
+        """Ids of a text as uint16; the names of special tokens are plain text. Releases the GIL."""
+        ids = [np.empty(0, np.uint16)]
+        for i in range(0, len(text), SEGMENT_CHARS):
+            segment = self.encoding.encode_to_numpy(text[i:i + SEGMENT_CHARS], disallowed_special=())
+            ids.append(segment.astype(np.uint16))
+        return np.concatenate(ids)
 
     def encode(self, text, prepend=None):
-        """Ids of a text, or a list of them for a list of texts; `prepend` is an id or a special token's name."""
+        """Ids of a text, after the id `prepend` if there is one; a list of them for a list of texts."""
         if not isinstance(text, str):
             return [self.encode(one, prepend) for one in text]
-        if isinstance(prepend, str):
-            prepend = self.encoding.encode_single_token(prepend)
         return ([] if prepend is None else [prepend]) + self.encode_numpy(text).tolist()
 
     def decode(self, ids):
@@ -458,161 +398,105 @@ class Tokenizer:
     def token_bytes(self):
         """(V,) int64 numpy array: the raw bytes each id stands for, 0 for special tokens."""
         sizes = [len(self.encoding.decode_single_token_bytes(i)) for i in range(len(self.ranks))]
-        return np.array(sizes + [0] * len(self.special_tokens))
+        return np.array(sizes + [0] * len(SPECIAL_TOKENS))
 
 
 # ---------------------------------------------------------------------------
 # Token files: each split once, as a flat uint16 file plus one uint32 length per document
 
-FORMAT = 1  # of everything under data_dir(); a change of it makes old caches stale
-TASK_CHARS = 2**18  # text that one worker tokenizes at a time
-MIN_EVAL_ROWS = 32  # fewer rows of validation text than this measure nothing
-
-
-def raw_dir():
-    """Where the downloaded files of a Hugging Face dataset lie, shared by all profiles."""
-    return CACHE / "raw" / DATASET
+BATCH_DOCUMENTS, TASK_DOCUMENTS = 4096, 64  # in memory, and in a thread, at a time
+MIN_EVAL_ROWS = 32  # of validation text: fewer measure nothing
 
 
 def data_dir():
-    """Where the tokenizer and token files of this dataset and vocabulary lie."""
-    name = DATASET
-    if DATASET not in DATASETS:
-        name = f"{Path(DATASET).name}-{hashlib.sha256(DATASET.encode()).hexdigest()[:8]}"
-    return CACHE / "data" / f"{name}-{VOCAB_SIZE}"
+    place = hashlib.sha256(DATASET.encode()).hexdigest()[:8]  # two folders may have the same name
+    return CACHE / "data" / f"{Path(DATASET).name}-{place}-{VOCAB_SIZE}"
 
 
 def fingerprint():
-    """What the token files were made from. The python dataset is frozen when first prepared."""
-    source = {"format": FORMAT, "dataset": DATASET, "vocab_size": VOCAB_SIZE}
-    if DATASET not in DATASETS:
-        stats = [(str(path.relative_to(DATASET)), path.stat().st_size, path.stat().st_mtime_ns)
-                 for path in folder_files(DATASET)]
-        source["files"] = hashlib.sha256(json.dumps(stats).encode()).hexdigest()
-    return source
+    """Hash of what the token files are made from; the python dataset is frozen when first prepared."""
+    paths = [] if DATASET in DATASETS else folder_files()
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    source = [FORMAT, SPLIT_PATTERN, SPECIAL_TOKENS, DATASET, VOCAB_SIZE, stats]
+    return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
 
-def load_manifest():
-    """The prepared dataset's manifest as a dict; SystemExit with the remedy when it is missing or stale."""
-    path = data_dir() / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-        if manifest["source"] != fingerprint():
-            raise SystemExit(f"{DATASET} has changed since it was prepared; {PREPARE}")
-        for name, file in manifest["files"].items():
-            if (data_dir() / name).stat().st_size != file["bytes"]:
-                raise SystemExit(f"{data_dir() / name} does not have its {file['bytes']} bytes; {PREPARE}")
-        return manifest
-    except FileNotFoundError as error:
-        raise SystemExit(f"no prepared data for {DATASET} ({error.filename} is missing); {PREPARE}") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"{path} is unreadable ({error}); {PREPARE}") from None
-
-
-def dataset_id():
-    """Name of the dataset and 8 digits that change with its content, for the summary of a run."""
-    files = load_manifest()["files"]
-    content = "".join(files[name]["sha256"] for name in sorted(files))
-    return f"{Path(DATASET).name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
-
-
-def file_sha256(path):
+def content_hash(paths):
     sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            sha.update(chunk)
+    for path in sorted(paths):
+        sha.update(np.memmap(path, np.uint8, "r"))
     return sha.hexdigest()
 
 
-def verified(num_shards):
-    """Whether the prepared data is there, was made from what is wanted now, and is intact."""
+def load_manifest(content=False):
+    """The dataset's manifest; SystemExit when it is stale or a file differs in size, or in `content`."""
+    folder = data_dir()
     try:
-        manifest = load_manifest()
-    except SystemExit:
-        return False
-    return num_shards in (None, manifest["num_shards"]) and all(
-        file_sha256(data_dir() / name) == file["sha256"] for name, file in manifest["files"].items())
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["made_from"] != fingerprint():
+            raise ValueError("it has changed since")
+        sizes = {name: (folder / name).stat().st_size for name in manifest["bytes"]}
+        damaged = sizes != manifest["bytes"]
+        if damaged or content and content_hash(folder / name for name in sizes) != manifest["content"]:
+            raise ValueError(f"the files in {folder} are damaged")
+        return manifest
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{DATASET} is not prepared: {error}; {PREPARE}") from None
 
 
-def in_order(pool, function, items, ahead):
-    """pool.map that keeps at most `ahead` items in memory."""
-    futures = collections.deque()
-    for item in items:
-        futures.append(pool.submit(function, item))
-        if len(futures) >= ahead:
-            yield futures.popleft().result()
-    while futures:
-        yield futures.popleft().result()
+def dataset_id():
+    """The dataset's name and 8 digits that change with its content."""
+    return f"{Path(DATASET).name}-{load_manifest()['content'][:8]}"
 
 
-def tasks(stream):
-    """Group a stream of (split, text) into (split, [text, ...]) of about TASK_CHARS characters."""
-    held_out = {}  # digest: split of every val and holdout document, so that no text is in two splits
-    groups = {split: [] for split in SPLITS}
-    chars = collections.Counter()
+def disjoint(stream):
+    """A stream of (split, text) without texts that are held out for another split."""
+    held_out = {}  # digest: split
     for split, text in stream:
         key = digest(text)
-        if held_out.get(key, split) != split or not text:
-            continue
         if split != "train":
-            held_out[key] = split
-        groups[split].append(text)
-        chars[split] += len(text)
-        if chars[split] >= TASK_CHARS:
-            yield split, groups[split]
-            groups[split], chars[split] = [], 0
-    yield from groups.items()
+            held_out.setdefault(key, split)
+        if text and held_out.get(key, split) == split:
+            yield split, text
 
 
 def write_token_files(tokenizer, stream, folder):
-    """Tokenize a stream of (split, text) in parallel into `folder`; returns {split: {documents, tokens, bytes}}.
+    def encode(texts):  # in parallel, because tiktoken releases the GIL
+        return [tokenizer.encode_numpy(text) for text in texts]
 
-    The threads run in parallel because tiktoken releases the GIL; the files do not depend on how many there are.
-    """
-    def encode(task):
-        split, texts = task
-        ids = [tokenizer.encode_numpy(text).astype(np.uint16) for text in texts]
-        return split, ids, sum(len(clean(text).encode()) for text in texts)
-
-    workers = os.cpu_count() or 1
-    counts = {split: dict(documents=0, tokens=0, bytes=0) for split in SPLITS}
-    progress, total = Progress(), 0
-    with contextlib.ExitStack() as stack:
-        open_all = {(split, kind): stack.enter_context(open(folder / f"{split}.{kind}", "wb"))
-                    for split in SPLITS for kind in ("tokens", "lengths")}
-        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(workers))
-        for split, ids, nbytes in in_order(pool, encode, tasks(stream), 2 * workers):
-            open_all[split, "tokens"].write(b"".join(one.tobytes() for one in ids))
-            open_all[split, "lengths"].write(np.array([len(one) for one in ids], np.uint32).tobytes())
-            counts[split]["documents"] += len(ids)
-            counts[split]["tokens"] += sum(map(len, ids))
-            counts[split]["bytes"] += nbytes
-            total += nbytes
-            rate = total / (time.monotonic() - progress.start)
-            progress.show(f"tokenized {total / 1e6:,.0f} MB | {rate / 1e6:.1f} MB/s")
-        progress.show(f"tokenized {total / 1e6:,.0f} MB in {time.monotonic() - progress.start:.0f} s", end=True)
-    return counts
+    with progress_bar("tokenizing") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        while batch := list(itertools.islice(stream, BATCH_DOCUMENTS)):
+            splits, texts = zip(*batch)
+            tasks = [texts[i:i + TASK_DOCUMENTS] for i in range(0, len(texts), TASK_DOCUMENTS)]
+            encoded = list(itertools.chain.from_iterable(pool.map(encode, tasks)))
+            for split in SPLITS:
+                chosen = [ids for ids, where in zip(encoded, splits) if where == split]
+                with open(folder / f"{split}.tokens", "ab") as file:
+                    file.write(b"".join(chosen))
+                with open(folder / f"{split}.lengths", "ab") as file:
+                    file.write(np.array([len(ids) for ids in chosen], np.uint32))
+            bar.update(sum(map(len, texts)))
 
 
 def build(num_shards):
     """Train the tokenizer and write all token files beside data_dir(), then move them there at once."""
-    # each node of a cluster has its own: some network file systems keep no lock between nodes
+    # a node of a cluster has its own: not every network file system has locks
     new = data_dir().with_name(f"{data_dir().name}.{socket.gethostname()}.part")
     shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
     new.mkdir(parents=True)
     try:
-        source = fingerprint()  # before reading: a file that changes meanwhile makes the result stale
+        made_from = fingerprint()  # before reading: what changes meanwhile makes the result stale
         print(f"training a tokenizer of {VOCAB_SIZE} tokens on {DATASET}", flush=True)
         tokenizer = Tokenizer.train(tokenizer_texts(num_shards), VOCAB_SIZE)
         tokenizer.save(new)
-        counts = write_token_files(tokenizer, documents(num_shards), new)
-        for split, count in counts.items():
-            if count["tokens"] < MIN_EVAL_ROWS * MAX_SEQ_LEN:
-                raise SystemExit(f"{DATASET} has {count['tokens']} tokens for the {split} split, at least "
-                                 f"{MIN_EVAL_ROWS * MAX_SEQ_LEN} are needed: add text")
-        files = {path.name: dict(bytes=path.stat().st_size, sha256=file_sha256(path)) for path in sorted(new.iterdir())}
-        versions = {module.__name__: module.__version__ for module in (np, pyarrow, tiktoken)}
-        manifest = dict(source=source, num_shards=num_shards, splits=counts, files=files, versions=versions)
+        write_token_files(tokenizer, disjoint(documents(num_shards)), new)
+        sizes = {path.name: path.stat().st_size for path in new.iterdir()}
+        for split in SPLITS:
+            rows = sizes[f"{split}.tokens"] // 2 // MAX_SEQ_LEN
+            if rows < MIN_EVAL_ROWS:
+                raise SystemExit(f"{DATASET} has {rows} rows for {split}, {MIN_EVAL_ROWS} are needed: add text")
+        content = content_hash(new / name for name in sizes)
+        manifest = dict(made_from=made_from, num_shards=num_shards, bytes=sizes, content=content)
         (new / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         shutil.rmtree(data_dir(), ignore_errors=True)
         os.replace(new, data_dir())
@@ -622,67 +506,61 @@ def build(num_shards):
         raise
 
 
-def tokenizer_texts(num_shards):
-    """The fixed part of the training split from which the tokenizer is learnt."""
-    chars = 0
-    for split, text in documents(TRAIN_SHARDS if num_shards == -1 else min(num_shards, TRAIN_SHARDS)):
-        if split == "train":
-            yield text
-            chars += min(len(text), TRAIN_DOC_CHARS)
-            if chars >= TRAIN_CHARS:
-                return
-
-
 # ---------------------------------------------------------------------------
 # Rows: B x T batches without padding
 
 BUFFER_SIZE = 1000  # pieces to choose from
-WINDOW_DOCS = 2**20  # documents shuffled together: bounds memory on large datasets
+WINDOW_DOCS = 2**20  # documents shuffled together: bounds memory
+
+
+@functools.lru_cache(1)
+def token_files(folder):
+    """{split: (tokens, lengths of documents)}, opened once: what changes in a run changes the next."""
+    load_manifest()
+    return {split: (np.memmap(folder / f"{split}.tokens", np.uint16, "r"),
+                    np.memmap(folder / f"{split}.lengths", np.uint32, "r")) for split in SPLITS}
 
 
 def shuffled_pieces(lengths, T, epoch):
     """Yield (start, n) of every piece of every document, in an order fixed by `epoch`.
 
-    A document longer than T tokens is cut into pieces of T, so that long documents are used to their
-    end and the pieces of one do not fill a whole batch. RandomState's stream is the same in all versions of numpy.
+    A document longer than T tokens is cut into pieces of T, so that it is used to its end: lengths 3 and 5 with T 4
+    give (0, 3), (3, 4) and (7, 1) in some order, which is the same in every version of numpy.
     """
-    base = 0
+    base = 0  # tokens of the windows before
     for first in range(0, len(lengths), WINDOW_DOCS):
         length = lengths[first:first + WINDOW_DOCS].astype(np.int64)
         begin = base + np.cumsum(length) - length  # of each document
-        count = -(-length // T)  # its pieces
-        nth = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        start = np.repeat(begin, count) + nth * T
-        n = np.minimum(np.repeat(length, count) - nth * T, T)
+        pieces = -(-length // T)  # of each document
+        nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0, 1, ... within a document
+        start = np.repeat(begin, pieces) + nth * T
+        n = np.minimum(np.repeat(length, pieces) - nth * T, T)
         order = np.random.RandomState([epoch, first // WINDOW_DOCS]).permutation(len(n))
         yield from zip(start[order].tolist(), n[order].tolist())
         base += int(length.sum())
 
 
 def pack_rows(tokens, lengths, T, bos, buffer_size):
-    """Yield (row, epoch) endlessly: rows of T+1 tokens, filled with BOS + piece, BOS + piece, ... to the brim.
+    """Yield (row, epoch) endlessly: rows of T+1 tokens, filled with BOS + piece, BOS + piece, ...
 
-    Best fit: the longest piece of the buffer that fits comes next, the oldest among equals. When none
-    fits, the shortest is cropped to fill the row and its rest goes back to the buffer, so no token is
-    lost. Every token is used once per epoch; the last row of an epoch is filled up from the next one.
-    `row` is overwritten by the next one. On English texts of 6,000 tokens and T 2048, 0.13 pieces a row are
-    cropped, where plain concatenation cuts one; throwing away what is cropped would lose 79 % of the tokens.
+    Best fit: the longest piece of the buffer that fits comes next, the oldest among equals. When none fits, the
+    shortest is cropped and its rest goes back. So every token is used once per epoch; the last row of an epoch is
+    filled up from the next one. `row` is overwritten by the next one.
     """
     row, used = np.empty(T + 1, np.uint16), 0
     for epoch in itertools.count(1):
         stream = enumerate(shuffled_pieces(lengths, T, epoch))
         buffer = []  # sorted (n, arrival, start)
         while True:
-            while len(buffer) < buffer_size and (piece := next(stream, None)):
-                arrival, (start, n) = piece
+            for arrival, (start, n) in itertools.islice(stream, buffer_size - len(buffer)):
                 bisect.insort(buffer, (n, arrival, start))
             if not buffer:
                 break
             room = T - used  # after the BOS
             fitting = bisect.bisect_right(buffer, (room, math.inf))
             if fitting:
-                oldest = bisect.bisect_left(buffer, (buffer[fitting - 1][0],))
-                n, _, start = buffer.pop(oldest)
+                longest = buffer[fitting - 1][0]
+                n, _, start = buffer.pop(bisect.bisect_left(buffer, (longest,)))
             else:
                 rest, arrival, start = buffer.pop(0)
                 n = room
@@ -695,48 +573,28 @@ def pack_rows(tokens, lengths, T, bos, buffer_size):
                 used = 0
 
 
-@functools.lru_cache(1)
-def token_files(folder):
-    """{split: (tokens uint16, lengths of the documents uint32)}, memory-mapped.
-
-    Opened once: a dataset that changes during a run, or is prepared anew, changes the next run and not this one.
-    """
-    load_manifest()
-    return {split: (np.memmap(folder / f"{split}.tokens", np.uint16, "r"),
-                    np.memmap(folder / f"{split}.lengths", np.uint32, "r")) for split in SPLITS}
-
-
-def cropped_share(T, bos):
-    """Share of the validation rows that end in a cropped piece: a crop adds a row start to those of the pieces."""
-    tokens, lengths = token_files(data_dir())["val"]
-    epoch = itertools.takewhile(lambda item: item[1] == 1, pack_rows(tokens, lengths, T, bos, BUFFER_SIZE))
-    starts = [np.count_nonzero(row == bos) for row, _ in epoch]
-    return max(0, sum(starts) - (-(-lengths.astype(np.int64) // T)).sum()) / len(starts)
-
-
 def make_dataloader(tokenizer, B, T, split, device=None, buffer_size=BUFFER_SIZE):
-    """Endless iterator of (inputs, targets, epoch): two (B, T) int64 tensors on `device`, epochs from 1.
+    """Endless iterator of (inputs, targets, epoch): (B, T) int64 tensors on `device`, epochs from 1.
 
-    Every row starts with BOS and targets are inputs shifted by one. The stream of rows does not depend
-    on B. The copy to a GPU is asynchronous and free of races: each batch has a pinned block of its own,
-    which torch's host allocator reuses only when the copy out of it has ended.
+    Every row starts with BOS; targets are inputs shifted by one. The rows do not depend on B. A copy to a CUDA GPU is
+    asynchronous, from a pinned block of its own, which torch reuses only when the copy has ended.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
-    tokens, lengths = token_files(data_dir())[split]
+    rows = pack_rows(*token_files(data_dir())[split], T, tokenizer.get_bos_token_id(), buffer_size)
     device = torch.device(device or "cpu")
+    cuda = device.type == "cuda"
 
     def batches():
-        rows = pack_rows(tokens, lengths, T, tokenizer.get_bos_token_id(), buffer_size)
         while True:
-            batch = torch.empty((B, T + 1), dtype=torch.uint16, pin_memory=device.type == "cuda")
+            batch = torch.empty((B, T + 1), dtype=torch.uint16, pin_memory=cuda)
             for target, (row, epoch) in zip(batch.numpy(), rows):
                 target[:] = row
-            if device.type == "mps":
-                batch = batch.to(torch.int64)  # it has no uint16
-            batch = batch.to(device, non_blocking=True)
-            # copies: inputs that share memory with the targets would let a model edit its own targets
-            yield batch[:, :-1].to(torch.int64, copy=True), batch[:, 1:].to(torch.int64, copy=True), epoch
+            if cuda:
+                batch = batch.to(device, non_blocking=True)
+            batch = batch.to(torch.int64).to(device)  # converted first: MPS has no uint16
+            # copies, so that a model that edits its inputs does not edit the targets
+            yield batch[:, :-1].clone(), batch[:, 1:].clone(), epoch
 
     return batches()
 
@@ -744,134 +602,118 @@ def make_dataloader(tokenizer, B, T, split, device=None, buffer_size=BUFFER_SIZE
 # ---------------------------------------------------------------------------
 # The yardstick: bits per byte
 
-LOSS_SLICE_BYTES = 2**28  # of float64 logits at a time
-PROBE_ROWS = 8  # the first batch is probed for causality, the last, and what it takes to have so many rows
-PROBE_TOLERANCE = 1e-3  # an honest model moves by exactly 0 in float32 on a CPU
+PROBE_ROWS = 8  # are probed for causality, and the last batch
+PROBE_TOLERANCE = 1e-3  # honest models move by 0
 
 
 class YardstickError(Exception):
-    """The model cannot be scored: its logits are not those of a causal model of the next token."""
-
-
-def eval_rows(split="val"):
-    """Rows that are scored: EVAL_TOKENS of them, or one pass over the split where that is less."""
-    return min(EVAL_TOKENS, len(token_files(data_dir())[split][0])) // MAX_SEQ_LEN
-
-
-def check_logits(logits, inputs, vocab_size):
-    if not torch.is_tensor(logits) or tuple(logits.shape) != (*inputs.shape, vocab_size):
-        raise YardstickError(f"the model returned {tuple(getattr(logits, 'shape', ()))}, "
-                             f"not logits of shape {(*inputs.shape, vocab_size)}")
+    """The logits are not those of a causal model of the next token."""
 
 
 def probe_causality(model, inputs, logits, first):
-    """Raise YardstickError unless the logits at every position depend on the tokens up to there alone.
+    """Raise YardstickError unless every position's logits depend on the tokens up to there alone.
 
-    The rows are given again with the tokens after a cut replaced, another cut in each row: none is replaced
-    in row 0, all but the first in row 1, and so on to the last token alone. `first` is the number of the
-    first row among those scored. One forward pass; what it returns is never scored.
+    The rows, from number `first` on, are given again with the tokens after a cut replaced: none in row 0, all but the
+    first in row 1, ...
     """
-    if not bool(torch.isfinite(logits).all()):
+    if not torch.isfinite(logits).all():
         raise YardstickError("some logits are not finite")
     (B, T), V = inputs.shape, logits.shape[-1]
-    cycle = [T - 1, *torch.linspace(0, T - 2, max(PROBE_ROWS, B) - 1).long().tolist()]
-    cuts = [cycle[row % len(cycle)] for row in range(first, first + B)]
-    after = (torch.arange(T) > torch.tensor(cuts)[:, None]).to(inputs.device)  # (B, T)
+    cuts = [T - 1, *torch.linspace(0, T - 2, max(PROBE_ROWS, B) - 1).long().tolist()]  # the last token kept in a row
+    cuts = [cuts[row % len(cuts)] for row in range(first, first + B)]
+    replaced = (torch.arange(T) > torch.tensor(cuts)[:, None]).to(inputs.device)  # (B, T)
     shift = torch.randint(1, V, (B, T), generator=torch.Generator().manual_seed(first)).to(inputs.device)
-    other = model(torch.where(after, (inputs + shift) % V, inputs))
+    other = model(torch.where(replaced, (inputs + shift) % V, inputs))
     moved = torch.stack([(a.float() - b.float()).abs().amax(-1) for a, b in zip(other, logits)])  # a row at a time
-    moved = torch.where(after, 0, moved).nan_to_num(math.inf)
+    moved = torch.where(replaced, 0, moved).nan_to_num(math.inf)
     for row, cut in enumerate(cuts):
         if moved[row].max() > PROBE_TOLERANCE:
             position = int(moved[row].argmax())
-            change = f"not causal: tokens after position {cut} were replaced" if cut < T - 1 else (
-                "rows are mixed, dropout is on or state is kept between calls: nothing was changed in this row")
+            change = f"not causal: tokens after position {cut} were replaced"
+            if cut == T - 1:
+                change = "rows are mixed, dropout is on or state is kept between calls: nothing was replaced"
             raise YardstickError(f"{change}, and the logits at position {position} of row {first + row} "
                                  f"moved by {moved[row, position]:.3g}")
 
 
 @torch.no_grad()
 def evaluate_bpb(model, tokenizer, batch_size, split="val"):
-    """Bits per byte of `model` on a fixed number of rows of `split`, the same for every batch size.
+    """Bits per byte of `model` on rows of `split`, the same ones for every batch size.
 
-    The model is called as model(inputs) with (B, T) int64 and returns logits (B, T, V); it never sees a
-    target. The result is the cross-entropy in nats, summed over the targets that have bytes, over ln 2
-    times the sum of those bytes. Raises YardstickError when the logits are not those of a causal model.
+    model(inputs) takes (B, T) int64 and returns logits (B, T, V); it never sees a target. The result is the
+    cross-entropy in nats of the targets that have bytes, over ln 2 times those bytes.
     """
     device = next(iter(model.parameters()), torch.empty(0)).device
-    total_device = "cpu" if device.type == "mps" else device  # MPS has no float64
-    loss_dtype = torch.float32 if device.type == "mps" else torch.float64
+    sum_device = "cpu" if device.type == "mps" else device  # MPS has no float64
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
-    rows, vocab_size = eval_rows(split), tokenizer.get_vocab_size()
-    slice_rows = max(1, LOSS_SLICE_BYTES // (8 * MAX_SEQ_LEN * vocab_size))
-    nats = torch.zeros((), dtype=torch.float64, device=total_device)
+    vocab_size = tokenizer.get_vocab_size()
+    rows = min(EVAL_TOKENS, len(token_files(data_dir())[split][0])) // MAX_SEQ_LEN  # one pass at most
+    nats = torch.zeros((), dtype=torch.float64, device=sum_device)
     nbytes = torch.zeros((), dtype=torch.int64, device=device)
     loader = make_dataloader(tokenizer, batch_size, MAX_SEQ_LEN, split, device)
-    was_training = model.training
     model.eval()
     for first in range(0, rows, batch_size):
         inputs, targets, _ = next(loader)
-        logits = model(inputs.clone())  # a model that edits its input must not edit that of the probe
-        check_logits(logits, inputs, vocab_size)
+        logits = model(inputs.clone())  # the probe needs what a model may edit
+        shape = tuple(getattr(logits, "shape", ()))
+        if shape != (*inputs.shape, vocab_size):
+            raise YardstickError(f"the model returned {shape}, not logits of shape {(*inputs.shape, vocab_size)}")
         if first < PROBE_ROWS or first + batch_size >= rows:
-            logits = logits.clone()  # a model may write the logits of every call to the same memory
+            logits = logits.clone()  # a model may use the same memory in every call
             probe_causality(model, inputs, logits, first)
-        targets = targets[:rows - first]  # the last batch is computed whole, in the same shape, and scored in part
-        for some, wanted in zip(logits[:len(targets)].split(slice_rows), targets.split(slice_rows)):
-            loss = F.cross_entropy(some.to(loss_dtype).flatten(0, 1), wanted.flatten(), reduction="none")
-            weight = token_bytes[wanted.flatten()]
-            nats += torch.where(weight > 0, loss, 0).to(total_device, torch.float64).sum()
+        for row, wanted in zip(logits, targets[:rows - first]):  # the last batch is scored in part
+            loss = F.cross_entropy(row.float(), wanted, reduction="none")
+            weight = token_bytes[wanted]
+            nats += torch.where(weight > 0, loss, 0).to(sum_device).double().sum()
             nbytes += weight.sum()
-    model.train(was_training)
-    bpb = nats.item() / (math.log(2) * nbytes.item())
-    if not math.isfinite(bpb):
-        raise YardstickError(f"the loss is {bpb}: some logits are not finite")
-    return bpb
+    if not torch.isfinite(nats):
+        raise YardstickError("some logits are not finite")
+    return nats.item() / (math.log(2) * nbytes.item())
 
 
 def start_watchdog(seconds=600):
-    """End this process with its stacks on stderr and exit code 1 if it still runs after `seconds`."""
+    """End this process with its stacks and exit code 1 if it still runs after `seconds`."""
     faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 # ---------------------------------------------------------------------------
+# The command
 
 
 def prepare(num_shards, download_workers):
-    """Make the dataset of this profile complete and verified, or raise SystemExit with one line."""
+    """Have the dataset complete and verified."""
     if num_shards not in (None, -1) and not 1 <= num_shards <= CLIMBMIX_HOLDOUT:
         raise SystemExit(f"--num-shards {num_shards}: choose 1 to {CLIMBMIX_HOLDOUT}, or -1 for all")
-    if download_workers < 1:
-        raise SystemExit(f"--download-workers {download_workers}: choose 1 or more")
-    if VOCAB_SIZE > 2**16:
-        raise SystemExit(f"VOCAB_SIZE={VOCAB_SIZE} does not fit uint16: choose at most {2**16}")
     if DATASET != "climbmix":
         num_shards = 1  # the other datasets are used whole
+    gigabytes = disk_gb(num_shards or DEFAULT_SHARDS)
+    print(f"{PROFILE} ({PROFILE_REASON}): {DATASET}, about {gigabytes:.1f} GB on disk in {CACHE}", flush=True)
     ledger = Path(__file__).with_name("results.tsv")
     if not ledger.exists():
         ledger.write_text("commit\tval_bpb\tmemory_gb\tstatus\tdescription\n")
-    data_dir().parent.mkdir(parents=True, exist_ok=True)
-    with locked(data_dir()):
-        if not verified(num_shards):
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(CACHE / "lock"):  # a second prepare.py waits
+        try:
+            there = load_manifest(content=True)["num_shards"]
+        except SystemExit:
+            there = 0
+        if not there or num_shards not in (None, there):
             num_shards = num_shards or DEFAULT_SHARDS
+            missing = gigabytes - sum(path.stat().st_size for path in raw_dir().glob("*")) / 1e9
+            free = shutil.disk_usage(CACHE).free / 1e9
+            if free < missing:
+                raise SystemExit(f"{missing:.1f} GB more are needed, {CACHE} has {free:.1f}: free some or set "
+                                 "AUTORESEARCH_CACHE")
             if DATASET in HUB_REPOS:
-                Downloader(HUB_REPOS[DATASET], raw_dir()).fetch_all(hub_files(num_shards), download_workers)
+                fetch_all(hub_files(num_shards), download_workers)
             build(num_shards)
-    splits = load_manifest()["splits"]
-    for split, count in splits.items():
-        print(f"{split:8} {count['documents']:10,} documents {count['tokens']:14,} tokens "
-              f"{count['bytes'] / 1e6:9,.1f} MB")
-    share = cropped_share(MAX_SEQ_LEN, Tokenizer.from_directory().get_bos_token_id())
-    print(f"rows of {MAX_SEQ_LEN} tokens: none is lost to cropping, {100 * share:.1f} % of the rows end in a "
-          "cropped piece")
     print(f"ready: {dataset_id()} for profile {PROFILE} in {data_dir()}; now run: uv run train.py")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Download and tokenize the data of an experiment, once.")
-    parser.add_argument("--num-shards", type=int, help="climbmix training shards of 100 MB, -1 for all "
-                        f"(default: what is prepared, else {DEFAULT_SHARDS})")
-    parser.add_argument("--download-workers", type=int, default=8, help="files fetched at a time (default 8)")
+    parser = argparse.ArgumentParser(description="Prepare the data of all experiments.")
+    parser.add_argument("--num-shards", type=int, help=f"of climbmix, -1 for all (default {DEFAULT_SHARDS})")
+    parser.add_argument("--download-workers", type=int, default=8, help="(default 8)")
     args = parser.parse_args()
     try:
         prepare(args.num_shards, args.download_workers)

@@ -7,90 +7,90 @@ Dimensions: B rows, T time, C model, H heads, D head_dim, V vocabulary, N = B*T 
 
 import time
 
-START = time.perf_counter()  # before torch is imported, so that total_seconds has everything
+START = time.perf_counter()  # before the slow import of torch
 
-import contextlib
 import ctypes
 import gc
 import math
 import os
+import re
 import sys
-import tempfile
-from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.adamw import adamw
 
-from prepare import CACHE, MAX_SEQ_LEN, PROFILE, TIME_BUDGET, VOCAB_SIZE, Tokenizer, YardstickError
+from prepare import MAX_SEQ_LEN, PROFILE, TIME_BUDGET, VOCAB_SIZE, Tokenizer, YardstickError
 from prepare import dataset_id, evaluate_bpb, make_dataloader, start_watchdog
 
 # ---------------------------------------------------------------------------
-# Hyperparameters: the values of the full profile (one CUDA GPU), then what smaller machines override
+# Hyperparameters. Each is set in its one line here and nowhere else.
+
+
+def by_profile(full, small, tiny):
+    """The value for this machine."""
+    return {"full": full, "small": small, "tiny": tiny}[PROFILE]
+
 
 # Model
-DEPTH = 8  # transformer blocks
-ASPECT_RATIO = 96  # model_dim = DEPTH * ASPECT_RATIO, rounded up to a multiple of HEAD_DIM
-HEAD_DIM = 128  # channels of an attention head
+DEPTH = by_profile(full=8, small=4, tiny=2)  # transformer blocks
+ASPECT_RATIO = by_profile(full=96, small=64, tiny=64)  # C = DEPTH * ASPECT_RATIO, rounded up to whole heads
+HEAD_DIM = by_profile(full=128, small=128, tiny=64)  # channels of an attention head
 QUERIES_PER_KV = 1  # query heads that share a key/value head
-WINDOW_PATTERN = "SSSL"  # tiled over the layers: L full context, S SHORT_WINDOW of it; the last layer is always L
-SHORT_WINDOW = 1 / 8  # share of the context, counted to the left
+WINDOW_PATTERN = by_profile(full="SSSL", small="L", tiny="L")  # tiled over the layers: L full context, S short
+SHORT_WINDOW = 1 / 8  # share of the context that an S layer sees; the last layer is always L
+ROPE_BASE = 10_000  # the slowest channel turns by one radian in so many positions
 VE_GATE_CHANNELS = 32  # channels of x that the value embeddings' gate sees
+X0_LAMBDA = 0.1  # initial share of the embedding that each layer adds to its input
 SOFTCAP = 15  # logits lie in (-SOFTCAP, SOFTCAP)
-BIGRAM_ROWS = 0  # hashed embeddings of (previous token, token), and a learned share of the one before; 0 is none
+BIGRAM_ROWS = by_profile(full=0, small=0, tiny=2**16)  # hashed embeddings of token pairs, and smear; 0: neither
 
 # Batch
-TOTAL_BATCH_SIZE = 2**17  # tokens per optimizer step
-DEVICE_BATCH_SIZE = 32  # rows per forward pass at most, fewer on a small GPU (rows_that_fit); the total stays the same
-LOSS_CHUNK = 2**13  # tokens whose logits exist at the same time
-EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation, whose result does not depend on it
+TOTAL_BATCH_SIZE = by_profile(full=2**17, small=2**14, tiny=2**12)  # tokens per optimizer step
+DEVICE_BATCH_SIZE = by_profile(full=32, small=16, tiny=16)  # rows per forward pass, fewer on a GPU that cannot hold them
+LOSS_CHUNK = by_profile(full=2**13, small=2**13, tiny=2**10)  # tokens whose logits exist at the same time
+EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation; no effect on its result
 
 # Optimizer
-EMBEDDING_LR = 0.74  # token, value and bigram embeddings (Adam)
-UNEMBEDDING_LR = 0.010  # lm_head (Adam)
-MATRIX_LR = 0.04  # the matrices of the blocks (Muon)
+EMBEDDING_LR = by_profile(full=0.74, small=0.6, tiny=0.6)  # token, value and bigram embeddings (Adam)
+UNEMBEDDING_LR = by_profile(full=0.010, small=0.004, tiny=0.004)  # lm_head (Adam)
 SCALAR_LR = 0.5  # x0_lambdas (Adam); smear at 0.1 and resid_lambdas at 0.01 of it
-WEIGHT_DECAY = 0.2  # of Muon, falls to 0 over the run
-VE_WEIGHT_DECAY = 0.004  # of the value embeddings (Adam)
-ADAM_BETAS = (0.8, 0.95)  # decay of Adam's first and second moments; x0_lambdas have (0.96, 0.95)
+VE_WEIGHT_DECAY = by_profile(full=0.004, small=0.0, tiny=0.0)  # of the value embeddings (Adam)
+ADAM_BETAS = (0.8, 0.95)  # of Adam's first and second moments
+X0_BETAS = (0.96, 0.95)  # the same for x0_lambdas
 ADAM_EPS = 1e-10  # added to the root of the second moment
-POLAR_STEPS = 5  # iterations of Muon's orthogonalisation, 5 at most
+MATRIX_LR = 0.04  # the matrices of the blocks (Muon)
+WEIGHT_DECAY = 0.2  # of Muon, falls to 0 over the run
+MOMENTUM = (0.85, 0.95)  # of Muon: at the first step, and from MOMENTUM_STEPS on
+MOMENTUM_STEPS = 300  # steps in which the momentum rises
+NORMUON_BETA2 = 0.95  # of NorMuon's second moment
+POLAR_STEPS = by_profile(full=5, small=5, tiny=3)  # iterations of Polar Express, 5 at most
 
 # Schedule, as shares of the time budget
 WARMUP_RATIO = 0.0  # the learning rate rises from 0
-WARMDOWN_RATIO = 0.825  # it falls to FINAL_LR_FRAC
-FINAL_LR_FRAC = 0.025  # of the learning rate, at the end
-
-if PROFILE != "full":  # the older constants: over 500 steps of tiny those above gave 1.3135, these 1.3089
-    ASPECT_RATIO, SHORT_WINDOW = 64, 1 / 2
-    EMBEDDING_LR, UNEMBEDDING_LR, VE_WEIGHT_DECAY = 0.6, 0.004, 0.0
-    WARMDOWN_RATIO, FINAL_LR_FRAC = 0.5, 0.0
-if PROFILE == "small":  # Apple MPS
-    DEPTH, TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE = 4, 2**14, 16
-if PROFILE == "tiny":  # two CPU cores: tokens count for more than size, and lookups cost next to nothing
-    DEPTH, HEAD_DIM, WINDOW_PATTERN = 2, 64, "L"
-    BIGRAM_ROWS, POLAR_STEPS = 2**16, 3
-    TOTAL_BATCH_SIZE, DEVICE_BATCH_SIZE, LOSS_CHUNK = 2**12, 16, 2**10
+WARMDOWN_RATIO = by_profile(full=0.825, small=0.5, tiny=0.5)  # it falls to FINAL_LR_FRAC
+FINAL_LR_FRAC = by_profile(full=0.025, small=0.0, tiny=0.0)  # of the learning rate, at the end
 
 # ---------------------------------------------------------------------------
-# Attention backends. q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D), causal; `window` keys to the
-# left plus the query itself are visible.
+# Attention backends: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D). All see `window` keys to the left plus
+# the query itself.
 
 
-def repeat_kv(q, *tensors):
-    """Repeat the heads of key/value tensors until there are as many as in q."""
-    return [t.repeat_interleave(q.size(2) // t.size(2), dim=2) for t in tensors]
+def repeat_kv(t, n_head):
+    """Repeat the heads of a key or value tensor until there are n_head."""
+    if t.size(2) == n_head:
+        return t
+    return t.repeat_interleave(n_head // t.size(2), dim=2)
 
 
 def sdpa_attention(q, k, v, window):
     """Runs anywhere. An explicit mask, because MPS has leaked future tokens with is_causal in bf16."""
-    k, v = repeat_kv(q, k, v)
+    k, v = repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
     position = torch.arange(q.size(2), device=q.device)
     distance = position[:, None] - position  # of the query in the row from the key in the column
     mask = (distance >= 0) & (distance <= window)
-    if q.device.type == "cpu":  # torch's own is no faster in the whole model and failed a gradient test at window 0
+    if q.device.type == "cpu":  # faster than torch's own, whose backward pass is slow there
         scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5
         y = scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
     else:
@@ -101,88 +101,49 @@ def sdpa_attention(q, k, v, window):
 def varlen_attention(q, k, v, window):
     """FlashAttention as bundled with torch: any CUDA GPU with bf16."""
     from torch.nn.attention.varlen import varlen_attn
-    B, T = q.shape[:2]
-    k, v = repeat_kv(q, k, v)
+    B, T, H, _ = q.shape
+    q, k, v = q.flatten(0, 1), repeat_kv(k, H).flatten(0, 1), repeat_kv(v, H).flatten(0, 1)  # (N, H, D)
     ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
-    window_size = (window if window < T - 1 else -1, 0)
-    return varlen_attn(*(t.flatten(0, 1) for t in (q, k, v)), ends, ends, T, T, window_size=window_size).view_as(q)
+    left = window if window < T - 1 else -1  # -1 is full context
+    return varlen_attn(q, k, v, ends, ends, T, T, window_size=(left, 0)).unflatten(0, (B, T))
 
 
 def load_fa3():
-    """FlashAttention 3 from the Hub's kernels: the fastest on Hopper. Raises whatever goes wrong."""
+    """FlashAttention 3 from the Hugging Face Hub, the fastest on Hopper."""
     from kernels import get_kernel
-    # The branch that version=1 stands for; by this name it is also cached, and found again with HF_HUB_OFFLINE=1
+    # by the name of its branch, unlike by version=1, it is found in the cache when HF_HUB_OFFLINE=1
     flash_attn_func = get_kernel("kernels-community/flash-attn3", revision="v1").flash_attn_func
 
     def fa3_attention(q, k, v, window):
-        y = flash_attn_func(q, k, v, causal=True, window_size=(window if window < q.size(1) - 1 else -1, 0))
+        left = window if window < q.size(1) - 1 else -1
+        y = flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
         return y[0] if isinstance(y, tuple) else y
 
     return fa3_attention
 
 
-def attempt(what, function):
-    """The result of function(), or None after one printed line that says why `what` is not available."""
-    try:
-        return function()
-    except Exception as error:  # no network, no build for this torch or GPU, no triton, ...: there is another way
-        print(f"{what} is not available: {type(error).__name__}: {error}".splitlines()[0][:200], flush=True)
-
-
-def choose_attention(device):
-    """(name, function) of the fastest attention backend that loads and runs on `device`."""
-    def proven(attend):  # a kernel that is not built for this GPU fails at its first launch
-        q = torch.ones(1, 128, 1, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-        attend(q, q, q, 64).sum().backward()
-        return attend
-
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        if (8, 0) <= torch.cuda.get_device_capability(device) <= (9, 0):
-            if attend := attempt("fa3", lambda: proven(load_fa3())):
-                return "fa3", attend
-        if attempt("varlen", lambda: proven(varlen_attention)):
-            return "varlen", varlen_attention
-    return "sdpa", sdpa_attention
+def attention_backends(device, dtype):
+    """(name, function that loads it) of the backends for `device`, the fastest first."""
+    backends = [("sdpa", lambda: sdpa_attention)]
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        backends.insert(0, ("varlen", lambda: varlen_attention))
+        if (8, 0) <= torch.cuda.get_device_capability() <= (9, 0):  # what FlashAttention 3 is built for
+            backends.insert(0, ("fa3", load_fa3))
+    return backends
 
 
 # ---------------------------------------------------------------------------
 # Model
 
 
-@dataclass
-class GPTConfig:
-    vocab_size: int
-    seq_len: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    head_dim: int
-    windows: list  # keys to the left that each layer sees
-    dtype: torch.dtype  # of the activations
-    bigram_rows: int
-
-    @property
-    def model_dim(self):
-        return self.n_head * self.head_dim
-
-
-def layer_windows(pattern, n_layer, T):
-    """Window of each layer: the pattern tiled, L full context and S SHORT_WINDOW of it, the last layer always L."""
-    if not pattern or set(pattern) - set("SL"):
-        raise SystemExit(f"WINDOW_PATTERN={pattern!r} must be made of S and L")
-    tiled = [pattern[i % len(pattern)] for i in range(n_layer - 1)] + ["L"]
-    return [T - 1 if kind == "L" else int(SHORT_WINDOW * T) for kind in tiled]
-
-
-def config_from_constants(dtype):
-    """The model that the hyperparameters above describe; SystemExit when they contradict each other."""
-    n_head = -(-DEPTH * ASPECT_RATIO // HEAD_DIM)
-    if HEAD_DIM % 2:
-        raise SystemExit(f"HEAD_DIM={HEAD_DIM} must be even: RoPE turns pairs of channels")
-    if n_head % QUERIES_PER_KV:
-        raise SystemExit(f"{QUERIES_PER_KV=} must divide the {n_head} heads (DEPTH*ASPECT_RATIO/HEAD_DIM)")
-    return GPTConfig(VOCAB_SIZE, MAX_SEQ_LEN, DEPTH, n_head, n_head // QUERIES_PER_KV, HEAD_DIM,
-                     layer_windows(WINDOW_PATTERN, DEPTH, MAX_SEQ_LEN), dtype, BIGRAM_ROWS)
+def layer_windows():
+    """Keys to the left that each layer sees: the pattern tiled, the last layer always L (full context)."""
+    if not WINDOW_PATTERN or set(WINDOW_PATTERN) - set("SL"):
+        raise SystemExit(f"{WINDOW_PATTERN=} must be made of S and L")
+    sizes = {"L": MAX_SEQ_LEN - 1, "S": int(SHORT_WINDOW * MAX_SEQ_LEN)}
+    windows = [sizes[WINDOW_PATTERN[i % len(WINDOW_PATTERN)]] for i in range(DEPTH)]
+    windows[-1] = sizes["L"]
+    return windows
 
 
 def norm(x):
@@ -207,20 +168,25 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer, attend):
+    def __init__(self, C, window, has_ve):
         super().__init__()
-        self.config, self.window, self.attend = config, config.windows[layer], attend
-        C, kv_dim = config.model_dim, config.n_kv_head * config.head_dim
-        self.q, self.k, self.v, self.proj = Linear(C, C), Linear(C, kv_dim), Linear(C, kv_dim), Linear(C, C)
-        self.ve_gate = Linear(min(VE_GATE_CHANNELS, C), config.n_kv_head) if has_ve(layer, config.n_layer) else None
+        self.window, self.attend = window, sdpa_attention  # warm_up_fastest() puts the fastest backend here
+        n_kv_head = C // HEAD_DIM // QUERIES_PER_KV
+        self.q = Linear(C, C)
+        self.k = Linear(C, n_kv_head * HEAD_DIM)
+        self.v = Linear(C, n_kv_head * HEAD_DIM)
+        self.proj = Linear(C, C)
+        self.ve_gate = Linear(VE_GATE_CHANNELS, n_kv_head) if has_ve else None
 
     def forward(self, x, ve, cos, sin):
         B, T, C = x.shape
-        q, k, v = [linear(x).view(B, T, -1, self.config.head_dim) for linear in (self.q, self.k, self.v)]
-        if self.ve_gate is not None:
-            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :self.ve_gate.in_features]))  # (B, T, Hkv)
+        q = self.q(x).view(B, T, -1, HEAD_DIM)  # (B, T, H, D)
+        k = self.k(x).view(B, T, -1, HEAD_DIM)  # (B, T, Hkv, D)
+        v = self.v(x).view(B, T, -1, HEAD_DIM)
+        if self.ve_gate is not None:  # value residual: an embedding of the token, weighed per head
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        q, k = norm(apply_rope(q, cos, sin)), norm(apply_rope(k, cos, sin))
+        q, k = norm(apply_rope(q, cos, sin)), norm(apply_rope(k, cos, sin))  # QK-norm
         return self.proj(self.attend(q, k, v, self.window).reshape(B, T, C))
 
 
@@ -234,9 +200,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer, attend):
+    def __init__(self, C, window, has_ve):
         super().__init__()
-        self.attn, self.mlp = Attention(config, layer, attend), MLP(config.model_dim)
+        self.attn, self.mlp = Attention(C, window, has_ve), MLP(C)
 
     def forward(self, x, x0, ve, resid_lambda, x0_lambda, cos, sin):
         x = resid_lambda * x + x0_lambda * x0
@@ -244,71 +210,47 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-def has_ve(layer, n_layer):
-    """Value embeddings are on alternating layers, counted so that the last has one."""
-    return layer % 2 == (n_layer - 1) % 2
-
-
-def head_loss(x, weight, targets):
-    """Sum of the cross-entropies of targets (n,) given the trunk's output x (n, C), in float32."""
-    return F.cross_entropy(softcap(F.linear(x, weight.to(x.dtype)).float()), targets, reduction="sum")
-
-
-def softcap(logits):
+def logits_of(x, weight):
+    """Logits in float32, softcapped, of the trunk's output x (..., C) and the head's weight (V, C)."""
+    logits = F.linear(x, weight.to(x.dtype)).float()
     return SOFTCAP * torch.tanh(logits / SOFTCAP)
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """Mean of loss_fn over tokens, chunk by chunk: gradients are taken in the forward pass, so that only
-    one chunk's logits ever exist (whole ones are 2.1 GB in float32 at 32 x 2048 x 8192)."""
-
-    @staticmethod
-    def forward(ctx, loss_fn, x, weight, targets):
-        total, dx, dweight = 0, torch.empty_like(x), torch.zeros_like(weight)
-        weight = weight.detach().requires_grad_()
-        for x_chunk, dx_chunk, target in zip(x.split(LOSS_CHUNK), dx.split(LOSS_CHUNK), targets.split(LOSS_CHUNK)):
-            x_chunk = x_chunk.detach().requires_grad_()
-            with torch.enable_grad():
-                loss = loss_fn(x_chunk, weight, target)
-            grads = torch.autograd.grad(loss, (x_chunk, weight))
-            dx_chunk.copy_(grads[0])
-            dweight += grads[1]
-            total += loss.detach()
-        ctx.save_for_backward(dx.div_(len(x)), dweight.div_(len(x)))
-        return total / len(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dx, dweight = ctx.saved_tensors
-        return None, dx * grad.to(dx.dtype), dweight * grad, None
+def head_loss(x, weight, targets):
+    """Sum of the cross-entropies of targets (n,) given the trunk's output x (n, C)."""
+    return F.cross_entropy(logits_of(x, weight), targets, reduction="sum")
 
 
 class GPT(nn.Module):
-    """model(inputs) gives logits (B, T, V), model.loss(inputs, targets) the mean cross-entropy."""
+    """model(inputs) gives logits (B, T, V), model.loss_backward(inputs, targets) the loss and its gradients."""
 
-    def __init__(self, config, attend):
+    def __init__(self, dtype):
         super().__init__()
-        self.config, self.head_loss = config, head_loss
-        C, V = config.model_dim, config.vocab_size
-        self.wte = nn.Embedding(V, C)
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(V, config.n_kv_head * config.head_dim)
-                                           for i in range(config.n_layer) if has_ve(i, config.n_layer)})
-        if config.bigram_rows:
-            self.bigram = nn.Embedding(config.bigram_rows, C)
+        self.dtype, self.head_loss = dtype, head_loss  # dtype of the activations
+        n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
+        if HEAD_DIM % 2 or n_head % QUERIES_PER_KV:
+            raise SystemExit(f"{HEAD_DIM=} must be even and {QUERIES_PER_KV=} divide the {n_head} heads")
+        self.model_dim = C = n_head * HEAD_DIM
+        self.windows = layer_windows()
+        with_ve = range((DEPTH - 1) % 2, DEPTH, 2)  # every second layer, counted so that the last is one
+        self.wte = nn.Embedding(VOCAB_SIZE, C)
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(VOCAB_SIZE, C // QUERIES_PER_KV) for i in with_ve})
+        if BIGRAM_ROWS:
+            self.bigram = nn.Embedding(BIGRAM_ROWS, C)
             self.smear = nn.Parameter(torch.zeros(C))
-        self.blocks = nn.ModuleList(Block(config, i, attend) for i in range(config.n_layer))
-        self.lm_head = Linear(C, V)
-        self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
-        self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
-        frequencies = 10_000.0 ** -torch.linspace(0, 1, config.head_dim // 2 + 1)[:-1]
-        angles = torch.arange(config.seq_len)[:, None, None] * frequencies
-        self.register_buffer("cos", angles.cos().to(config.dtype), persistent=False)  # (T, 1, D/2)
-        self.register_buffer("sin", angles.sin().to(config.dtype), persistent=False)
+        self.blocks = nn.ModuleList(Block(C, window, i in with_ve) for i, window in enumerate(self.windows))
+        self.lm_head = Linear(C, VOCAB_SIZE)
+        self.resid_lambdas = nn.Parameter(torch.ones(DEPTH))
+        self.x0_lambdas = nn.Parameter(torch.full((DEPTH,), X0_LAMBDA))
+        frequencies = float(ROPE_BASE) ** -torch.linspace(0, 1, HEAD_DIM // 2 + 1)[:-1]
+        angles = torch.arange(MAX_SEQ_LEN)[:, None, None] * frequencies
+        self.register_buffer("cos", angles.cos().to(dtype), persistent=False)  # (T, 1, D/2)
+        self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        bound = (3 / self.config.model_dim) ** 0.5  # of a uniform distribution with variance 1/C
+        bound = (3 / self.model_dim) ** 0.5  # of a uniform distribution with variance 1/C
         for block in self.blocks:
             for matrix in (block.attn.q, block.attn.k, block.attn.v, block.mlp.fc):
                 nn.init.uniform_(matrix.weight, -bound, bound)
@@ -316,7 +258,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=0.001)
         for table in self.value_embeds.values():
             nn.init.uniform_(table.weight, -bound, bound)
-        if self.config.bigram_rows:
+        if BIGRAM_ROWS:
             nn.init.zeros_(self.bigram.weight)
 
     def trunk(self, inputs):
@@ -324,53 +266,70 @@ class GPT(nn.Module):
         T = inputs.size(1)
         cos, sin = self.cos[:T], self.sin[:T]
         x = self.wte(inputs)
-        if self.config.bigram_rows:
+        if BIGRAM_ROWS:
             before = F.pad(inputs, (1, -1))
-            x = x + self.bigram((before * 36313 ^ inputs * 27191) % self.config.bigram_rows)
-            x = x + self.smear * F.pad(x, (0, 0, 1, -1))  # the position before
-        x0 = norm(x.to(self.config.dtype))
-        x = x0.view_as(x0)  # not the same object, for which the first block would be compiled once more
+            x = x + self.bigram((before * 36313 ^ inputs * 27191) % BIGRAM_ROWS)
+            x = x + self.smear * F.pad(x, (0, 0, 1, -1))  # a learned share of the position before
+        x0 = norm(x.to(self.dtype))
+        x = x0.view_as(x0)  # another object: for the same one the first block would be compiled once more
+        resid_lambdas, x0_lambdas = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
         for i, block in enumerate(self.blocks):
             ve = self.value_embeds[str(i)](inputs).to(x.dtype) if str(i) in self.value_embeds else None
-            x = block(x, x0, ve, self.resid_lambdas[i].to(x.dtype), self.x0_lambdas[i].to(x.dtype), cos, sin)
+            x = block(x, x0, ve, resid_lambdas[i], x0_lambdas[i], cos, sin)
         return norm(x)
 
     def forward(self, inputs):
-        return softcap(self.lm_head(self.trunk(inputs)))
+        return logits_of(self.trunk(inputs), self.lm_head.weight)
 
-    def loss(self, inputs, targets):
+    def loss_backward(self, inputs, targets, share=1.0):
+        """`share` of the mean cross-entropy, whose gradients are added to .grad.
+
+        The head goes forward and back chunk by chunk: all logits at once are 2.1 GB in float32 at 32 x 2048 x 8192.
+        """
         x = self.trunk(inputs).flatten(0, 1)  # (N, C)
-        return ChunkedLoss.apply(self.head_loss, x, self.lm_head.weight, targets.flatten())
+        chunks = [chunk.detach().requires_grad_() for chunk in x.split(LOSS_CHUNK)]
+        total = 0
+        for chunk, target in zip(chunks, targets.flatten().split(LOSS_CHUNK)):
+            loss = self.head_loss(chunk, self.lm_head.weight, target) * (share / len(x))
+            loss.backward()
+            total += loss.detach()
+        x.backward(torch.cat([chunk.grad for chunk in chunks]))
+        return total
 
     def compile(self):
         """Compile block by block: layers of the same kind share their code."""
-        torch._dynamo.config.recompile_limit = 64  # kinds of layers, with and without gradients; over it: eager
+        torch._dynamo.config.recompile_limit = 64  # kinds of layers, with and without gradients
         for block in self.blocks:
             block.compile(dynamic=False)
         self.head_loss = torch.compile(head_loss, dynamic=False)
 
 
 def parameter_groups(model):
-    """{group: parameters}: the one partition behind the optimizer, the counts and the FLOPs."""
-    groups = {
-        "embedding": [model.wte.weight] + ([model.bigram.weight] if model.config.bigram_rows else []),
-        "value_embedding": list(model.value_embeds.parameters()),
-        "smear": [model.smear] if model.config.bigram_rows else [],
-        "lm_head": [model.lm_head.weight],
-        "matrix": list(model.blocks.parameters()),
-        "resid_lambdas": [model.resid_lambdas],
-        "x0_lambdas": [model.x0_lambdas],
-    }
-    ids = sorted(id(p) for group in groups.values() for p in group)
-    assert ids == sorted(map(id, model.parameters())), "every parameter must be in exactly one group"
-    return groups
+    """(AdamW's groups, Muon's groups): every parameter in exactly one of them."""
+    scale = (model.model_dim / 768) ** -0.5  # Adam's learning rates were tuned at 768
+    adamw = [
+        dict(params=[model.wte.weight], lr=EMBEDDING_LR * scale),
+        dict(params=list(model.value_embeds.parameters()), lr=EMBEDDING_LR * scale, weight_decay=VE_WEIGHT_DECAY),
+        dict(params=[model.lm_head.weight], lr=UNEMBEDDING_LR * scale),
+        dict(params=[model.resid_lambdas], lr=SCALAR_LR * 0.01),
+        dict(params=[model.x0_lambdas], lr=SCALAR_LR, betas=X0_BETAS),
+    ]
+    if BIGRAM_ROWS:
+        adamw.append(dict(params=[model.bigram.weight], lr=EMBEDDING_LR * scale))
+        adamw.append(dict(params=[model.smear], lr=SCALAR_LR * 0.1))
+    stacks = {}  # Muon stacks matrices of one shape
+    for p in model.blocks.parameters():
+        stacks.setdefault(p.shape, []).append(p)
+    muon = [dict(params=stack, lr=MATRIX_LR * max(1, rows / cols) ** 0.5) for (rows, cols), stack in stacks.items()]
+    grouped = [id(p) for group in adamw + muon for p in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters())), "a parameter is in no group or in two"
+    return adamw, muon
 
 
 def flops_per_token(model):
-    """Training FLOPs: 6 per matmul parameter, 12 H D per key of the window, also where the row has fewer."""
-    groups, config = parameter_groups(model), model.config
-    matmul = sum(p.numel() for p in groups["matrix"] + groups["lm_head"])
-    return 6 * matmul + 12 * config.model_dim * sum(window + 1 for window in config.windows)
+    """Training FLOPs: 6 per matmul parameter, 12 C per key of the window, also where the row has fewer."""
+    matmul = sum(p.numel() for p in [*model.blocks.parameters(), model.lm_head.weight])
+    return 6 * matmul + 12 * model.model_dim * sum(window + 1 for window in model.windows)
 
 
 # ---------------------------------------------------------------------------
@@ -386,87 +345,57 @@ POLAR_EXPRESS = (
 )
 
 
-def orthogonalize(g, steps, dtype):
-    """Replace the singular values of matrices g (n, rows, cols) by about 1."""
+def orthogonalize(g, dtype):
+    """Replace the singular values of matrices g (n, rows, cols) by about 1, computing in `dtype`."""
     x = g.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x  # products of the smaller side
-    for a, b, c in POLAR_EXPRESS[:steps]:
+    for a, b, c in POLAR_EXPRESS[:POLAR_STEPS]:
         A = x @ x.mT
-        x = a * x + (b * A + c * A @ A) @ x
+        x = a * x + (b * A + c * (A @ A)) @ x
     return x.mT if tall else x
 
 
-def muon_update(p, g, momentum_buffer, second_moment, lr, weight_decay, momentum, beta2, steps, dtype):
-    """One Muon step on stacked matrices (n, rows, cols): changes the buffers in place, returns the new p.
-
-    Nesterov momentum, orthogonalisation, NorMuon (Li et al. 2025: divide each row by its running root mean square, or
-    each column where rows are fewer and so all alike, and keep the norm), decay where update and weight agree in sign.
-    """
+def muon_update(p, g, momentum_buffer, second_moment, lr, momentum, weight_decay, dtype):
+    """One Muon step on stacked matrices (n, rows, cols): changes the buffers in place, returns the new p."""
     momentum_buffer.mul_(momentum).add_(g * (1 - momentum))
-    u = orthogonalize(momentum * momentum_buffer + (1 - momentum) * g, steps, dtype).float()
+    nesterov = momentum * momentum_buffer + (1 - momentum) * g
+    u = orthogonalize(nesterov, dtype).float()
+    # NorMuon (Li et al. 2025): divide rows (columns where rows are fewer) by their running RMS, keep the norm
     u_norm = u.norm(dim=(-2, -1), keepdim=True)
-    second_moment.lerp_(u.square().mean(-1 if second_moment.size(-1) == 1 else -2, keepdim=True), 1 - beta2)
+    axis = -1 if second_moment.size(-1) == 1 else -2
+    second_moment.lerp_(u.square().mean(axis, keepdim=True), 1 - NORMUON_BETA2)
     u = u * second_moment.clamp_min(1e-10).rsqrt()
     u = u * (u_norm / u.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
-    return p - lr * (u + weight_decay * p * (u * p >= 0))
+    agree = u * p >= 0  # cautious weight decay (Chen et al. 2025): only where update and weight agree in sign
+    return p - lr * (u + weight_decay * p * agree)
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon for groups with kind "muon", AdamW for those with kind "adamw"; all state exists from the start."""
+class MuonAdamW(torch.optim.AdamW):
+    """torch's AdamW for some groups, Muon for the others. All state begins as zeros."""
 
-    def __init__(self, groups, dtype):
-        super().__init__(groups, {})
-        self.dtype, self.muon_update = dtype, muon_update
-        for group in self.param_groups:
-            params = group["params"]
-            if group["kind"] == "adamw":
-                for p in params:
-                    self.state[p] = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p),
-                                         step=torch.zeros((), device=p.device))
-            else:  # matrices of one shape, stacked
-                zeros = torch.zeros(len(params), *params[0].shape, device=params[0].device)
-                axis = -1 if zeros.size(-2) >= zeros.size(-1) else -2
-                self.state[params[0]] = dict(momentum_buffer=zeros, second_moment=zeros.mean(axis, keepdim=True))
+    def __init__(self, adamw_groups, muon_groups, dtype):
+        super().__init__(adamw_groups, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0, fused=True)
+        self.muon_groups, self.dtype, self.muon_update = muon_groups, dtype, muon_update
+        for group in muon_groups:
+            first = group["params"][0]
+            buffer = torch.zeros(len(group["params"]), *first.shape, device=first.device)
+            axis = -1 if first.size(0) >= first.size(1) else -2
+            self.state[first] = dict(momentum_buffer=buffer, second_moment=buffer.mean(axis, keepdim=True))
+        for group in self.param_groups + muon_groups:
+            group["initial_lr"] = group["lr"]
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            params, state = group["params"], [self.state[p] for p in group["params"]]
-            if group["kind"] == "adamw":
-                beta1, beta2 = group["betas"]
-                adamw(params, [p.grad for p in params], [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state],
-                      [], [s["step"] for s in state], fused=True, amsgrad=False, maximize=False, lr=group["lr"],
-                      beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"])
-            else:
-                rows, cols = params[0].shape
-                new = self.muon_update(  # scheduled values as tensors, so that none is compiled in
-                    torch.stack(params), torch.stack([p.grad for p in params]), state[0]["momentum_buffer"],
-                    state[0]["second_moment"], torch.tensor(group["lr"] * max(1, rows / cols) ** 0.5),
-                    torch.tensor(group["weight_decay"]), torch.tensor(group["momentum"]), group["beta2"], POLAR_STEPS,
-                    self.dtype)
-                torch._foreach_copy_(params, list(new.unbind()))
-
-
-def make_optimizer(model):
-    adam_scale = (model.config.model_dim / 768) ** -0.5  # Adam's learning rates were tuned at 768
-    adam = dict(kind="adamw", betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0)
-    options = {
-        "embedding": adam | dict(lr=EMBEDDING_LR * adam_scale),
-        "value_embedding": adam | dict(lr=EMBEDDING_LR * adam_scale, weight_decay=VE_WEIGHT_DECAY),
-        "smear": adam | dict(lr=SCALAR_LR * 0.1),
-        "lm_head": adam | dict(lr=UNEMBEDDING_LR * adam_scale),
-        "resid_lambdas": adam | dict(lr=SCALAR_LR * 0.01),
-        "x0_lambdas": adam | dict(lr=SCALAR_LR, betas=(0.96, 0.95)),
-        "matrix": dict(kind="muon", lr=MATRIX_LR, beta2=0.95, momentum=0.0, weight_decay=0.0),
-    }
-    split = {}  # Muon stacks matrices of one shape
-    for name, params in parameter_groups(model).items():
-        for p in params:
-            new = options[name] | dict(params=[], initial_lr=options[name]["lr"])
-            split.setdefault((name, p.shape if name == "matrix" else None), new)["params"].append(p)
-    return MuonAdamW(list(split.values()), model.config.dtype)
+        super().step()
+        for group in self.muon_groups:
+            params = group["params"]
+            # scheduled values as tensors, so that torch.compile makes no constants of them
+            scheduled = {name: torch.tensor(group[name]) for name in ("lr", "momentum", "weight_decay")}
+            new = self.muon_update(torch.stack(params), torch.stack([p.grad for p in params]), dtype=self.dtype,
+                                   **self.state[params[0]], **scheduled)
+            torch._foreach_copy_(params, list(new.unbind()))
 
 
 # ---------------------------------------------------------------------------
@@ -474,31 +403,40 @@ def make_optimizer(model):
 
 
 def lr_multiplier(progress):
-    """Trapezoid over progress 0..1: up during WARMUP_RATIO, down to FINAL_LR_FRAC during WARMDOWN_RATIO."""
+    """Trapezoid over progress 0..1 (warm-up, constant, warm-down)."""
     up = progress / WARMUP_RATIO if WARMUP_RATIO else 1.0
     down = (1 - progress) / WARMDOWN_RATIO if WARMDOWN_RATIO else 1.0
     return min(1.0, up, FINAL_LR_FRAC + (1 - FINAL_LR_FRAC) * max(0.0, down))
 
 
 def set_schedules(optimizer, progress, step):
-    for group in optimizer.param_groups:
+    first, last = MOMENTUM
+    for group in optimizer.param_groups + optimizer.muon_groups:
         group["lr"] = group["initial_lr"] * lr_multiplier(progress)
-        if group["kind"] == "muon":
-            group["momentum"] = 0.85 + 0.10 * min(step / 300, 1)
-            group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
+    for group in optimizer.muon_groups:
+        group["momentum"] = first + (last - first) * min(step / MOMENTUM_STEPS, 1)
+        group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
 
 
 # ---------------------------------------------------------------------------
 # The run
 
-PEAK_FLOPS = {  # dense bf16, by a part of the GPU's name
+PEAK_FLOPS = {  # dense bf16, by words of the GPU's name
     "H100 PCIe": 756e12, "H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12,
     "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 210e12,
 }
 
 
+def peak_flops(device_name):
+    """Dense bf16 FLOP/s of a GPU; infinite where unknown, which makes the MFU 0."""
+    for words, flops in PEAK_FLOPS.items():
+        if re.search(rf"\b{words}\b(?!.*Laptop)", device_name):
+            return flops
+    return math.inf
+
+
 def choose_device():
-    """(device, its name, the dtype of activations): bf16 where the hardware multiplies it, else float32."""
+    """(device, its name, dtype of activations): bf16 where the hardware multiplies it, else float32."""
     if PROFILE != "tiny" and torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.device("cuda"), torch.cuda.get_device_name(), torch.bfloat16 if bf16 else torch.float32
@@ -510,76 +448,90 @@ def choose_device():
 
 def keep_freed_memory():
     """Let glibc keep what is freed: mapping every large tensor anew costs more than the work on it."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
+    try:
         libc = ctypes.CDLL("libc.so.6")
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            libc.mallopt(option, value)
-
-
-def keep_compiled_code(folder, limit=2 * 10**9):
-    """Keep torch.compile's work in `folder` (/tmp goes with a reboot), without its oldest files beyond `limit` bytes.
-    Runs may share it: torch and triton rename finished files into place and make again what is missing."""
-    os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")  # FlashAttention 3 is one
-    with contextlib.suppress(OSError):  # read-only: torch's folder in /tmp; a file is gone: another run deletes too
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-        files = [(path.stat(), path) for path in folder.rglob("*") if path.is_file()]
-        for stat, path in sorted(files, key=lambda file: -file[0].st_mtime):
-            limit -= stat.st_size
-            if limit < 0:
-                path.unlink()
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-2, 2**28)  # M_TOP_PAD
+    except (OSError, AttributeError):
+        pass  # no glibc
 
 
 def can_compile(device):
-    """Whether to torch.compile: on CUDA, if triton works. On two CPU cores the tiny model ran at 16.7 k tokens/s
-    compiled, after 62 s of start-up, and at 17.6 k eagerly."""
-    probe = lambda: torch.compile(torch.sin)(torch.ones(64, device=device))
-    return device.type == "cuda" and attempt("torch.compile", probe) is not None
-
-
-def rows_that_fit(model, memory):
-    """DEVICE_BATCH_SIZE, halved until training takes no more than so many bytes of GPU memory."""
-    # Kept for each token: what goes into and comes out of the blocks' matmuls and a tenth more; at work besides: 16 C.
-    # That makes 174 C elements at 8 layers, where 172 C were counted, tensor by tensor, without torch.compile.
-    matmuls = sum(m.in_features + m.out_features for m in model.blocks.modules() if isinstance(m, Linear))
-    row = model.config.seq_len * (1.1 * matmuls + 16 * model.config.model_dim) * model.config.dtype.itemsize
-    # Weights, gradients, two moments and warm_up's three copies; for each logit of a chunk 16 bytes
-    fixed = 7 * sum(p.nbytes for p in model.parameters()) + 16 * LOSS_CHUNK * model.config.vocab_size
-    rows = DEVICE_BATCH_SIZE
-    while rows % 2 == 0 and fixed + rows * row > 0.9 * memory - 1e9:  # the rest is for CUDA itself, a desktop and gaps
-        rows //= 2
-    return rows
+    """Whether torch.compile works and pays; on two CPU cores it took a minute and made nothing faster."""
+    if device.type != "cuda":
+        return False
+    return attempt("torch.compile", lambda: torch.compile(torch.sin)(torch.ones(64, device=device))) is not None
 
 
 def train_step(model, optimizer, batch, next_batch, grad_accum_steps):
-    """One optimizer step from `batch`; returns (its mean loss as a tensor, the batch of the next step)."""
+    """One optimizer step; returns (its mean loss as a tensor, the batch of the next step)."""
     total = 0
     for _ in range(grad_accum_steps):
-        loss = model.loss(*batch[:2])
-        total += loss.detach()
-        (loss / grad_accum_steps).backward()
+        inputs, targets, _ = batch
+        total += model.loss_backward(inputs, targets, 1 / grad_accum_steps)
         batch = next_batch()  # while the GPU computes
     optimizer.step()
     model.zero_grad(set_to_none=True)
-    return total / grad_accum_steps, batch
+    return total, batch
 
 
-def warm_up(model, optimizer, shape, device):
-    """Compile and allocate everything with one step on random tokens, then undo what it did."""
-    tensors = [*model.parameters(), *(tensor for state in optimizer.state.values() for tensor in state.values())]
-    saved = [tensor.detach().clone() for tensor in tensors]
-    tokens = torch.randint(VOCAB_SIZE, (2, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+def warm_up(model, optimizer, device):
+    """Compile and allocate everything with a step on random tokens, and undo it.
+
+    Returns the rows per forward pass: DEVICE_BATCH_SIZE, halved until they fit into the GPU's memory.
+    """
+    weights = list(model.parameters())
+    saved = [p.detach().clone() for p in weights]
     set_schedules(optimizer, 0.0, 0)
-    loss, _ = train_step(model, optimizer, tokens, lambda: tokens, 1)
-    with torch.no_grad():
-        for tensor, value in zip(tensors, saved):
-            tensor.copy_(value)
-    return loss.item()  # waits for the device
+    rows = DEVICE_BATCH_SIZE
+    while True:
+        tokens = torch.randint(VOCAB_SIZE, (rows, MAX_SEQ_LEN), generator=torch.Generator()).to(device)
+        batch = tokens, tokens, 0
+        passes = min(2, TOTAL_BATCH_SIZE // tokens.numel())  # the second finds the first one's gradients
+        try:
+            loss, _ = train_step(model, optimizer, batch, lambda: batch, passes)
+            loss.item()  # waits for the device
+            return rows
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+        finally:
+            model.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                torch._foreach_copy_(weights, saved)
+                for state in optimizer.state.values():
+                    torch._foreach_zero_(list(state.values()))
+        # outside the except block, which holds what the failed step had allocated
+        torch.cuda.empty_cache()
+        rows = rows // 2 if rows % 2 == 0 else 1  # the total batch stays a multiple
+
+
+def attempt(what, function):
+    """The result of function(), or None after one line that says why `what` is not available."""
+    try:
+        return function()
+    except Exception as error:  # no network, no build for this GPU, no triton, ...: there is another way
+        print(f"{what} is not available: {type(error).__name__}: {error}".splitlines()[0][:200], flush=True)
+
+
+def warm_up_fastest(model, optimizer, device):
+    """(attention backend, rows): the fastest with which a step compiles and runs."""
+    for name, load in attention_backends(device, model.dtype):
+
+        def trial():
+            attend = load()
+            for block in model.blocks:
+                block.attn.attend = attend
+            return warm_up(model, optimizer, device)
+
+        # sdpa is the last: what fails with it is the model, whose traceback is wanted
+        if rows := trial() if name == "sdpa" else attempt(name, trial):
+            return name, rows
 
 
 def start_reading(loss, step):
-    """Begin to copy a loss to the host; the function returned waits for that copy alone, not for later work."""
+    """Begin to copy a loss to the host; the function returned waits for the copy, not for later work."""
     host = loss.to("cpu", non_blocking=loss.is_cuda)
     copied = torch.cuda.current_stream().record_event() if loss.is_cuda else None
 
@@ -596,92 +548,93 @@ def start_reading(loss, step):
 def peak_memory_mb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def main():
-    """One experiment; prints the summary and returns it as a dict."""
+    """One experiment: prints the summary and returns it as a dict."""
     start_watchdog()
     device, device_name, dtype = choose_device()
     seed = os.environ.get("SEED", "42")
-    if not seed.isdecimal() or len(seed) > 18:
-        raise SystemExit(f"SEED={seed} must be a whole number of at most 18 digits")
-    torch.manual_seed(int(seed))
-    torch.set_float32_matmul_precision("high")
-    if device.type == "cuda":
-        keep_compiled_code(CACHE / "compiled")
-    if device.type == "cpu":
-        keep_freed_memory()
+    if not seed.isdecimal():
+        raise SystemExit(f"SEED={seed} must be a whole number")
     if TOTAL_BATCH_SIZE % (DEVICE_BATCH_SIZE * MAX_SEQ_LEN):
         raise SystemExit(f"{TOTAL_BATCH_SIZE=} must be a multiple of {DEVICE_BATCH_SIZE=} * {MAX_SEQ_LEN=}")
+    torch.manual_seed(int(seed) % 2**63)
+    torch.set_float32_matmul_precision("high")
+    if device.type == "cpu":
+        keep_freed_memory()
 
     tokenizer, dataset = Tokenizer.from_directory(), dataset_id()
-    attention, attend = choose_attention(device)
-    model = GPT(config_from_constants(dtype), attend).to(device)
+    model = GPT(dtype).to(device)
     if device.type == "cuda":
         for table in (model.wte, *model.value_embeds.values()):
             table.to(torch.bfloat16)  # gradients and Adam's state too: half the traffic
-    optimizer = make_optimizer(model)
-    num_params = sum(p.numel() for p in model.parameters())
-    flops, peak = flops_per_token(model), next((f for name, f in PEAK_FLOPS.items() if name in device_name), math.inf)
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
-    rows = rows_that_fit(model, memory)
-    grad_accum_steps = TOTAL_BATCH_SIZE // (rows * MAX_SEQ_LEN)
-    loader = make_dataloader(tokenizer, rows, MAX_SEQ_LEN, "train", device)
-    print(f"{device_name} | {attention} | {PROFILE} | {dataset} | {num_params / 1e6:.1f} M parameters | "
-          f"{rows} rows x {grad_accum_steps}", flush=True)
-
+    optimizer = MuonAdamW(*parameter_groups(model), dtype)
     if can_compile(device):
         model.compile()
         optimizer.muon_update = torch.compile(muon_update, dynamic=False)
-    warm_up(model, optimizer, (rows, MAX_SEQ_LEN), device)
+    attention, rows = warm_up_fastest(model, optimizer, device)
+    grad_accum_steps = TOTAL_BATCH_SIZE // (rows * MAX_SEQ_LEN)
+    num_params = sum(p.numel() for p in model.parameters())
+    print(f"{device_name} | {attention} | {PROFILE} | {dataset} | {num_params / 1e6:.1f} M parameters | "
+          f"{rows} rows x {grad_accum_steps}", flush=True)
+
+    loader = make_dataloader(tokenizer, rows, MAX_SEQ_LEN, "train", device)
     batch = next(loader)
-    gc.collect()
-    gc.freeze()
     gc.disable()  # a collection in mid-run stalls the queue of a GPU
     print(f"ready to train after {time.perf_counter() - START:.1f} s", flush=True)
 
-    step, elapsed, smooth, shown, read_loss, tty = 0, 0.0, 0.0, -math.inf, None, sys.stdout.isatty()
+    line_end = "\r" if sys.stdout.isatty() else "\n"  # rewritten in place, or at most 50 lines in a file
+    step, elapsed, shown, read_loss = 0, 0.0, -math.inf, None
     begin = time.perf_counter()
     while elapsed < TIME_BUDGET:
         set_schedules(optimizer, elapsed / TIME_BUDGET, step)
         loss, batch = train_step(model, optimizer, batch, lambda: next(loader), grad_accum_steps)
+        # a loss is read while the GPU works on the next step, so that it never waits for Python
         read_previous, read_loss = read_loss, start_reading(loss, step)
-        loss = (read_previous or read_loss)()
+        loss = read_previous() if read_previous else read_loss()
         step += 1
         elapsed = time.perf_counter() - begin
-        smooth = 0.9 * smooth + 0.1 * loss
-        if tty or elapsed - shown >= TIME_BUDGET / 50:  # a line rewritten in place, or at most 50 lines in a file
+        if line_end == "\r" or elapsed - shown >= TIME_BUDGET / 50:
             shown = elapsed
-            rate = step * TOTAL_BATCH_SIZE / elapsed
-            line = (f"step {step:5} | {100 * elapsed / TIME_BUDGET:5.1f} % | loss {smooth / (1 - 0.9**step):.4f} | "
-                    f"{rate:,.0f} tok/s | mfu {100 * rate * flops / peak:.1f} % | epoch {batch[2]} | "
-                    f"{max(0, TIME_BUDGET - elapsed):.0f} s left")
-            print(f"\r{line:<110}" if tty else line, end="" if tty else "\n", flush=True)
+            tokens_per_second = step * TOTAL_BATCH_SIZE / elapsed
+            print(f"step {step:5} | {100 * elapsed / TIME_BUDGET:5.1f} % | loss {loss:7.4f} | "
+                  f"{tokens_per_second:11,.0f} tok/s | epoch {batch[2]}", end=line_end, flush=True)
     read_loss()  # waits for the last step
     training_seconds = time.perf_counter() - begin
-    gc.enable()
 
     torch.save(model.state_dict(), "model.pt")
     if training_seconds > TIME_BUDGET + 15:  # time that others do not have
-        raise SystemExit(f"FAIL: {training_seconds:.0f} s of training, a step takes {training_seconds / step:.0f} s: "
-                         f"lower {TOTAL_BATCH_SIZE=} or the model's size")
-    splits = ("val", "holdout") if os.environ.get("AUTORESEARCH_HOLDOUT") == "1" else ("val",)
-    scores = {f"{split}_bpb": f"{evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE, split):.6f}" for split in splits}
+        raise SystemExit(f"FAIL: {training_seconds:.0f} s of training in {step} steps: lower {TOTAL_BATCH_SIZE=} or "
+                         "the model's size")
+    start_watchdog()  # anew: the evaluation takes a slow GPU minutes
+    summary = {"val_bpb": f"{evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE):.6f}"}
+    if os.environ.get("AUTORESEARCH_HOLDOUT") == "1":
+        summary["holdout_bpb"] = f"{evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE, 'holdout'):.6f}"
     tokens = step * TOTAL_BATCH_SIZE
-    summary = scores | {
+    mfu = tokens * flops_per_token(model) / training_seconds / peak_flops(device_name)
+    summary |= {
         "training_seconds": f"{training_seconds:.1f}",
         "total_seconds": f"{time.perf_counter() - START:.1f}",
         "peak_vram_mb": f"{peak_memory_mb(device):.1f}",
-        "mfu_percent": f"{100 * tokens * flops / training_seconds / peak:.2f}",
+        "mfu_percent": f"{100 * mfu:.2f}",
         "total_tokens_M": f"{tokens / 1e6:.1f}",
-        "num_steps": step, "num_params_M": f"{num_params / 1e6:.1f}",
-        "depth": DEPTH, "seed": seed, "device": device_name,
-        "attention": attention, "profile": PROFILE, "dataset": dataset,
+        "num_steps": step,
+        "num_params_M": f"{num_params / 1e6:.1f}",
+        "depth": DEPTH,
+        "seed": seed,
+        "device": device_name,
+        "attention": attention,
+        "profile": PROFILE,
+        "dataset": dataset,
     }
-    print("\n---" if tty else "---")
+    print("\n---" if line_end == "\r" else "---")
     for key, value in summary.items():
         print(f"{key + ':':<17} {value}")
     return summary
@@ -692,8 +645,8 @@ if __name__ == "__main__":
         main()
     except YardstickError as error:
         raise SystemExit(f"FAIL: {error}") from None
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, and what the CPU and MPS raise
-        if "out of memory" not in str(error).lower() and "allocate memory" not in str(error):
+    except RuntimeError as error:  # as CUDA, MPS and the CPU say it
+        if not re.search("out of memory|allocate memory", str(error)):
             raise
-        raise SystemExit(f"FAIL: out of memory with {DEVICE_BATCH_SIZE=}: set it to half the rows of the first line, "
-                         f"TOTAL_BATCH_SIZE stays the same; after the last step halve {EVAL_BATCH_SIZE=}") from None
+        raise SystemExit(f"FAIL: out of memory with {DEVICE_BATCH_SIZE=}: halve it, TOTAL_BATCH_SIZE stays the same; "
+                         f"after the last step halve {EVAL_BATCH_SIZE=}") from None
