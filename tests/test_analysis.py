@@ -148,7 +148,7 @@ def test_hold_out_logs_with_both_numbers_are_compared_within_one_dataset(tmp_pat
     path = write(tmp_path / "results.tsv", night(6))
     logs = {"first": (1.0, 1.01, "a"), "last": (0.9, 0.93, "a"), "else": (2, 3, "b"), "run": (0.1, "", "a")}
     for name, values in logs.items():
-        block = "holdout_bpb: 7\n---\nval_bpb:    {}\nholdout_bpb:  {}\ndataset:      {}\n".format(*values)
+        block = "---\nval_bpb:    {}\nholdout_bpb:  {}\ndataset:      {}\n".format(*values)
         path.with_name(f"{name}.log").write_text(block)
     page = run_page(tmp_path)
     first, last, other = (f"{tmp_path.name}/{name}.log" for name in ("first", "last", "else"))
@@ -244,7 +244,7 @@ def test_the_staircase_shows_every_run_and_names_the_largest_gains_readably(tmp_
     ([row(1, 1.5), row(2, 1.6), row(3, 1.45)], 0),
     ([row(1, 1.5, "keep"), row(2, 0.01)], 0),
     ([row(i, 1 - i * 1e-6, "keep", "W" * 60) for i in range(1, 30)], 18),
-], ids=["crash first", "kept though worse", "all crashes", "nothing kept", "far below", "crowded"])
+], ids=["crash first", "worse", "crashes", "none kept", "below", "crowded"])
 def test_the_picture_of_an_odd_ledger_shows_every_row_and_stays_readable(tmp_path, names, lines, n_labels):
     _, ax, dots = draw(names, write(tmp_path / "results.tsv", lines))
     assert sorted(dots) == list(range(1, len(lines) + 1))
@@ -269,7 +269,7 @@ def test_clear_is_more_than_the_noise_in_the_first_row_and_so_wide_is_the_band(t
         assert heights == []
 
 
-def test_trust_counts_kept_rows_on_the_branch_and_names_files_other_than_train_py(tmp_path, names):
+def test_trust_counts_kept_rows_on_the_branch_and_names_other_files(tmp_path, names):
     folder = tmp_path / "here"
     repository(folder)
     baseline = commit(folder, "program.md", "before the baseline")
@@ -285,9 +285,10 @@ def test_trust_counts_kept_rows_on_the_branch_and_names_files_other_than_train_p
     commit(folder, "prepare.py", "easier")
     sh("git rm -q prepare.py && git commit -q -m back", folder)  # a diff of both ends does not show it
     (folder / "program.md").write_text("edited and not committed")
+    run.loc[4, "commit"] = commit(folder, "train.py", "3")
     assert names["trust"](run, path)["files touched besides train.py"] == "prepare.py, program.md"
     sh("git checkout -q -f main && mv results.tsv results-nov21.tsv", folder)
-    assert names["trust"](run, folder / "results-nov21.tsv")["kept rows on the branch"].startswith("2 of 4 on ")
+    assert names["trust"](run, folder / "results-nov21.tsv")["kept rows on the branch"].startswith("3 of 4")
 
 
 def test_without_git_the_page_still_stands(tmp_path, monkeypatch):
