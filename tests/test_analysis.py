@@ -99,12 +99,11 @@ def names(tmp_path_factory):
 
 def test_the_notebook_is_committed_without_outputs_and_its_code_is_at_most_13_kb():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
     assert all(not cell.outputs and cell.execution_count is None for cell in notebook.cells if cell.cell_type == "code")
     assert sum(len(source.encode()) for source in CODE) <= 13_000
 
 
-def test_in_a_kernel_the_page_stands_without_a_warning_and_names_what_it_cannot_use(tmp_path):
+def test_in_a_kernel_the_page_stands_without_a_warning(tmp_path):
     write(tmp_path / "results.tsv", night(40))
     write(tmp_path / "results-header.tsv", [])
     write(tmp_path / "results-crash.tsv", [row(1, 0, "crash"), "just words"])
@@ -128,14 +127,14 @@ def test_without_a_ledger_the_page_says_so_in_one_line_and_writes_nothing(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_numbers_at_a_glance_and_the_tables_are_those_of_the_ledger(tmp_path):
+def test_the_tables_are_those_of_the_ledger(tmp_path):
     lines = [row(1, 1.0, "keep", BASELINE), row(2, 1.01), row(3, 0.95, "keep"), row(4, 0, "crash"),
-             row(5, 0.949, "keep", "simpler"), row(6, 0.9491), row(7, 0.951, "keep"), row(8, 5.0), "words"]
+             row(5, 0.949, "keep", "simpler"), row(6, 0.9491), row(7, 0.951, "keep"), row(8, 5.0), "a", "b"]
     write(tmp_path / "results-nov20.tsv", lines)
     bad, glance, kept, _, missed = run_page(tmp_path)["shown"]
-    assert list(bad.reason) == ["1 columns instead of 5"]
+    assert list(bad.text) == ["a", "b"]
     assert glance["nov20"].to_dict() == {
-        "experiments": 8, "kept": 4, "discarded": 3, "crashed": 1, "unreadable rows": 1, "noise": "0.0040",
+        "experiments": 8, "kept": 4, "discarded": 3, "crashed": 1, "unreadable rows": 2, "noise": "0.0040",
         "baseline": "1.000000", "best": "0.949000 (experiment 5, 0000005)", "best idea": "simpler",
         "gain over the baseline": "0.051000 (5.1%)", "clear gains": "1 of 3 kept changes",
         "kept rows on the branch": "0 of 4 on autoresearch/nov20"}
@@ -144,7 +143,7 @@ def test_the_numbers_at_a_glance_and_the_tables_are_those_of_the_ledger(tmp_path
     assert list(missed.index.get_level_values("experiment")) == [6, 2, 8, 4], "all, the nearest first, crashes last"
 
 
-def test_hold_out_logs_with_both_numbers_are_compared_within_one_dataset(tmp_path):
+def test_hold_out_logs_are_compared_within_one_dataset(tmp_path):
     path = write(tmp_path / "results.tsv", night(6))
     logs = {"first": (1.0, 1.01, "a"), "last": (0.9, 0.93, "a"), "else": (2, 3, "b"), "run": (0.1, "", "a")}
     for name, values in logs.items():
@@ -234,6 +233,7 @@ def test_the_staircase_shows_every_run_and_names_the_largest_gains_readably(tmp_
     assert sum(int(count) for count in re.findall(r"\((\d+)\)", " ".join(legend))) == n
     changes = run[run.status == "keep"].iloc[1:].nlargest(names["LABELS"], "gain")
     assert sorted(text.get_text()[:7] for text in ax.texts) == sorted(f"{-gain:+.4f}" for gain in changes.gain)
+    assert not any("steps" in text.get_text() or len(text.get_text()) > 52 for text in ax.texts)
     assert sum(text.get_weight() == "bold" for text in ax.texts) == sum(changes.clear) > 0
 
 
@@ -245,7 +245,7 @@ def test_the_staircase_shows_every_run_and_names_the_largest_gains_readably(tmp_
     ([row(1, 1.5, "keep"), row(2, 0.01)], 0),
     ([row(i, 1 - i * 1e-6, "keep", "W" * 60) for i in range(1, 30)], 18),
 ], ids=["crash first", "worse", "crashes", "none kept", "below", "crowded"])
-def test_the_picture_of_an_odd_ledger_shows_every_row_and_stays_readable(tmp_path, names, lines, n_labels):
+def test_the_picture_of_an_odd_ledger_shows_every_row_readably(tmp_path, names, lines, n_labels):
     _, ax, dots = draw(names, write(tmp_path / "results.tsv", lines))
     assert sorted(dots) == list(range(1, len(lines) + 1))
     assert len(ax.texts) == n_labels
