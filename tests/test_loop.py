@@ -16,21 +16,10 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).parents[1]
+from conftest import HEADER, REPO, commands, environment, git, stub
+
 PROGRAM = (REPO / "program.md").read_text(encoding="utf-8")
 SETTINGS = json.loads((REPO / ".claude/settings.json").read_text())
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
-
-
-def commands(text):
-    """The fenced bash blocks, and the commands between backquotes in the sentences; each once."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == text.count("```bash"), "a block in a list: its here-document would not end"
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    prose = re.sub(r"Never `git stash`.*", "", prose)
-    inline = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
-    words = r"(git|uv|grep|tail|awk|mv|rm|cp|sleep|nohup|pgrep|printf|cat|SEED=\d+ uv) [^.]"
-    return list(dict.fromkeys(blocks + [span for span in inline if re.match(words, span)]))
 
 
 def page(start):
@@ -76,23 +65,6 @@ print(f"---\\nval_bpb:          {{result}}\\ntotal_seconds:    325.9\\npeak_vram
 
 def write_train(folder, results, text="baseline"):
     (folder / "train.py").write_text(TRAIN.format(results=results, text=text), encoding="utf-8")
-
-
-def git(folder, *args):
-    done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, env=environment(folder))
-    assert done.returncode == 0, (args, done.stderr)
-    return done.stdout.strip()
-
-
-def environment(folder):
-    names = {f"GIT_{who}_{what}": "agent@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    return names | {"PATH": f"{folder.parent / 'bin'}:{os.environ['PATH']}", "HOME": str(folder.parent), "LC_ALL": "C.UTF-8",
-                    "GIT_CONFIG_NOSYSTEM": "1", "GIT_TEMPLATE_DIR": ""}
-
-
-def stub(path, text):
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
 
 
 def make_stage(parent):
