@@ -1,7 +1,7 @@
-"""program.md played by a scripted agent: its commands are taken from the page, only the examples in them are replaced.
+"""program.md played by a scripted agent: the commands are the page's, only the examples in them are replaced.
 
-`uv`, `sleep` and `pgrep` are stubs, and train.py is a stub that ends at once with the result written in it; git, the
-shell and the ledger are real. The agent's decisions follow the page, sentence by sentence.
+`uv`, `sleep`, `pgrep` and train.py are stubs that end at once; git, the shell and the ledger are real. The agent's
+decisions follow the page, sentence by sentence.
 """
 
 import ast
@@ -26,8 +26,7 @@ def page(start):
     return min((command for command in commands(PROGRAM) if command.startswith(start)), key=len)
 
 
-# ---------------------------------------------------------------------------
-# The stage: a repo with the real page and .gitignore, a stub train.py, and stubs of what takes minutes
+# --- the stage: a repo with the real page and .gitignore, and stubs of what takes minutes
 
 TRAIN = """# {text!r}
 from prepare import start_watchdog
@@ -64,8 +63,8 @@ def make_stage(parent):
         path.mkdir(parents=True)
     stub(bin / "uv", f'shift; exec "{sys.executable}" "$@"')
     stub(bin / "sleep", "exec /bin/sleep 0.05")
-    of_this_folder = '[ "$(readlink /proc/$pid/cwd)" = "$PWD" ] && echo $pid'
-    stub(bin / "pgrep", f'for pid in $({shutil.which("pgrep")} "$@"); do {of_this_folder}; done; true')
+    here = '[ "$(readlink /proc/$pid/cwd)" = "$PWD" ] && echo $pid'
+    stub(bin / "pgrep", f'for pid in $({shutil.which("pgrep")} "$@"); do {here}; done; true')
     for name in ("program.md", ".gitignore"):
         shutil.copy(REPO / name, origin / name)
     (origin / "analysis.ipynb").write_text("not executed")
@@ -88,12 +87,11 @@ def copy_stage(folder, parent):
     return parent / folder.name
 
 
-# ---------------------------------------------------------------------------
-# The agent
+# --- the agent
 
 
 class Agent:
-    """Does what program.md says, one command after the other; before each, copies the stage to `deaths`/<number>."""
+    """Does what program.md says, command by command; before each, copies the stage to `deaths`/<number>."""
 
     def __init__(self, folder, today="nov21", deaths=None):
         self.folder, self.today, self.deaths = folder, today, deaths
@@ -105,7 +103,7 @@ class Agent:
         self.steps += 1
 
     def do(self, start, *, check=True, **examples):
-        """Give the command of the page that begins with `start`, each (example, value) replaced; what it prints."""
+        """Give the page's command that begins with `start`, each (example, value) replaced; what it prints."""
         self.step()
         command = page(start)
         self.played.add(command)
@@ -166,7 +164,7 @@ class Agent:
     # The ledger
 
     def write_row(self, result, status, text):
-        """`text` stands for all that follows the status, %s in it for the first line of the commit."""
+        """`text` is all that follows the status; %s in it is the first line of the commit."""
         self.do("git log -1 --abbrev=7", val=("0.993200", f"{result.val_bpb:.6f}"),
                 memory=("44.2", f"{result.memory_gb:.1f}"), status=("keep", status), text=("%s (961 steps)", text))
 
@@ -175,7 +173,7 @@ class Agent:
         return [line.split("\t") for line in ledger.read_text().splitlines()[1:]] if ledger.exists() else []
 
     def remember(self):
-        """The noise, the best row (the lowest that was kept), and the last kept one, where the branch stands."""
+        """The noise, the best row, and the last kept one, where the branch stands."""
         kept = [line.split("\t") for line in self.do("awk ").splitlines()]
         self.last_rows = self.do("tail -n 20 results.tsv")
         if len(self.rows()) % 30 == 0:
@@ -243,7 +241,7 @@ class Agent:
         return keep
 
     def another_seed(self, result):
-        """(Whether the mean of two seeds is lower than the best's by more than half the noise, both in words)."""
+        """(Whether the mean of two seeds is lower than the best's by half the noise, both in words)."""
         other = self.run(43).val_bpb
         known = re.search(r"\A\n.*seed 43: (\S+?)[,;)]|the best (\S+?)[,;)]", self.since(self.best))
         best_other = float(known[1] or known[2]) if known else self.control(self.best[0], 43).val_bpb
@@ -306,11 +304,11 @@ NIGHT = {
     "tie with luck": ("0.9860 0.9920", False),  # means 0.9890 and 0.9880
     "tie that holds": ("0.9865 0.9835", True),  # means 0.9850 and 0.9880
     "simpler": ("0.9884", True, {"simpler": True}),  # 0.0019 above the best
-    "simpler again": ("0.9886", False, {"simpler": True}),  # next to the last, but 0.0021 above the best
+    "simpler again": ("0.9886", False, {"simpler": True}),  # 0.0021 above the best
     "model twice as wide": ("error", False),
     "a slip": ("error", True, {"mended": "0.9820"}),
     "hangs": ("hang", False),
-    "killed each time": ("killed", False),
+    "killed, twice": ("killed", False),
     "' || git push & > train.py < /dev/null * ?": ("0.9770", True),
     "exactly as good": ("0.9770", False),
     "worse": ("0.9771", False),
@@ -324,12 +322,13 @@ NIGHT = {
     "side, given up": ("0.9580", False),  # within the noise
     "after the side branch": ("0.9550", True),
     "killed, once": ("killed:0.9800", False),
-    "drift, no gain": ("0.9550", False, {"drift": True}),  # 0.9650 as its control, where the best has 0.9550
-    "drift, a gain": ("0.9500", True, {"drift": True}),  # 0.9600, against the control of the row before
+    "drift, no gain": ("0.9550", False, {"drift": True}),  # 0.9650, as its control
+    "drift, a gain": ("0.9500", True, {"drift": True}),  # 0.9600, and the control of the row before
     "drift, no second gain": ("0.9500", False, {"drift": True}),  # 0.9600 as the last kept row
     "the last win": ("0.9450", True),
     "the very last": ("0.9490", False),
 }
+BASELINE = "baseline (noise 0.0040; seed 43: 0.999900, seed 44: 0.995900; 953 steps; NVIDIA H100, fa3)"
 OTHER_RUN = HEADER + "0123456\t0.900000\t1.0\tkeep\tanother run's best\n"
 
 
@@ -363,7 +362,7 @@ def begun(stage, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def night(stage, tmp_path_factory):
-    """The baseline and the 30 experiments above, in a folder where the human and another run had left things."""
+    """The baseline and 30 experiments, where the human and another run had left things."""
     agent = Agent(copy_stage(stage, tmp_path_factory.mktemp("night") / "here"))
     (agent.folder / "results.tsv").write_text(OTHER_RUN)
     for name in ("program.md", "analysis.ipynb", "notes.txt"):
@@ -384,14 +383,14 @@ def night(stage, tmp_path_factory):
     return agent
 
 
-def test_a_night_of_30_experiments_ends_with_exactly_the_wins_on_the_branch_each_with_its_reason(night):
+def test_a_night_ends_with_exactly_the_wins_on_the_branch_each_with_its_reason(night):
     wins = [idea for idea, (_, kept, *_) in NIGHT.items() if kept]
     assert subjects(night.folder) == ["what the human left", *wins]
     assert git(night.folder, "branch", "--show-current") == "autoresearch/nov21"
     assert git(night.folder, "log", "--format=%b", "main..HEAD").count("I expect") == len(wins)
 
 
-def test_a_night_of_30_experiments_leaves_31_well_formed_rows(night):
+def test_a_night_of_30_experiments_leaves_31_good_rows(night):
     header, *rows = (night.folder / "results.tsv").read_text().splitlines()
     assert header + "\n" == HEADER and len(rows) == 31 and all(map(well_formed, rows))
     statuses = {"baseline": "keep"}
@@ -400,8 +399,7 @@ def test_a_night_of_30_experiments_leaves_31_well_formed_rows(night):
         statuses[idea.replace("\t", " ")] = "keep" if kept else "crash" if crashes else "discard"
     statuses["side, first half"] = "discard"
     assert {idea: status for idea, (_, status, _) in ledger(night).items()} == statuses
-    for commit, val_bpb, memory_gb, status, description in night.rows():
-        assert git(night.folder, "cat-file", "-t", commit) == "commit"
+    for _, val_bpb, memory_gb, status, description in night.rows():
         if status == "crash":
             assert (val_bpb, memory_gb) == ("0.000000", "0.0")
         else:
@@ -409,17 +407,17 @@ def test_a_night_of_30_experiments_leaves_31_well_formed_rows(night):
     assert not (night.folder / "pwned").exists()
 
 
-def test_what_was_measured_besides_stands_in_the_row_and_is_not_measured_again(night):
-    """Other seeds, and a control when the whole machine has become slower; a busy moment is one more run."""
+def test_what_else_was_measured_stands_in_the_row_and_is_not_measured_again(night):
+    """Other seeds, and a control if the machine drifts; a busy moment is one more run."""
     remarks = {idea: remark for idea, (_, _, remark) in ledger(night).items()}
-    assert remarks["baseline"] == "noise 0.0040; seed 43: 0.999900, seed 44: 0.995900; 953 steps; NVIDIA H100, fa3"
+    assert night.rows()[0][4] == BASELINE
     assert remarks["tie with luck"] == "953 steps; seed 43: 0.992000, the best 0.988000"
     assert remarks["tie that holds"] == "953 steps; seed 43: 0.983500, the best 0.988000"
     assert remarks["a busy machine, once"] == "953 steps"
     assert remarks["drift, no gain"] == "838 steps; control 0.965000, 838 steps"
     assert remarks["drift, a gain"] == remarks["drift, no second gain"] == "838 steps"
     ran = [command for command, *_ in night.log]
-    assert sum(command.startswith("SEED=43") for command in ran) == 4  # the baseline, the two ties, the best
+    assert sum(command.startswith("SEED=43") for command in ran) == 4
     assert sum(command.startswith("git checkout -B control") for command in ran) == 2
 
 
@@ -444,7 +442,7 @@ SCENARIOS = {
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_an_agent_that_dies_at_any_step_is_continued_by_the_next(stage, begun, tmp_path, name):
-    """Another day, without a tag: no row is lost or doubled, what was not kept goes, at most one idea is run again."""
+    """Another day, without a tag: no row is lost or doubled, what was not kept goes."""
     play, wins = SCENARIOS[name]
     whole = Agent(copy_stage(stage if name == "set-up" else begun, tmp_path / "whole"), deaths=tmp_path)
     if name == "set-up":
@@ -458,7 +456,7 @@ def test_an_agent_that_dies_at_any_step_is_continued_by_the_next(stage, begun, t
         heir = Agent(tmp_path / str(k) / whole.folder.name, today="nov21" if name == "set-up" else "nov22")
         heir.start()  # where the first died before step k
         if "idea" not in ledger(heir) and name != "set-up":
-            play(heir)  # an idea that left no trace is lost with its agent: the next has it again
+            play(heir)  # an idea that left no trace is had again
         commits = [row[0] for row in heir.rows()]
         assert len(commits) == len(set(commits)), k
         assert git(heir.folder, "branch", "--show-current") == "autoresearch/nov21", k
@@ -484,13 +482,13 @@ def test_a_run_that_outlives_its_agent_is_waited_for_and_an_editor_is_not(begun,
     agent.start()
     editor.kill()
     editor.wait()
-    waits = [printed for command, _, printed in agent.log if command.startswith("sleep 60")]
+    waits = [printed for command, _, printed in agent.log if command.startswith("sleep")]
     assert len(waits) > 1 and waits[0] and not waits[-1]
     assert ledger(agent)["idea"][:2] == ("0.980000", "keep")
 
 
 def test_what_the_human_did_between_two_agents_stays(begun, tmp_path):
-    """A commit of theirs on the branch is kept, an edit of train.py is measured, another in the way is committed."""
+    """Their commit on the branch is kept, their edit of train.py measured, another edit in the way committed."""
     agent = Agent(copy_stage(begun, tmp_path / "copy"))
     (agent.folder / "program.md").write_text("a new direction")
     git(agent.folder, "commit", "-qam", "new direction")
@@ -510,7 +508,7 @@ def test_what_the_human_did_between_two_agents_stays(begun, tmp_path):
 
 @pytest.fixture(scope="module")
 def pair(begun, tmp_path_factory):
-    """Two agents in two worktrees, each with a win of its own; one measured the other's, one found a conflict."""
+    """Two agents in two worktrees: one measures the other's win, one finds a conflict in it."""
     first = Agent(copy_stage(begun, tmp_path_factory.mktemp("pair") / "here"))
     folder = first.folder.parent / "autoresearch-nov21-gpu1"
     git(first.folder, "worktree", "add", "-q", "-b", "autoresearch/nov21-gpu1", str(folder), "main")
@@ -528,7 +526,6 @@ def test_two_agents_in_two_worktrees_mix_neither_ledgers_nor_branches(pair):
     for agent, win in zip(pair, ("first's win", "second's win")):
         assert list(ledger(agent)) == ["baseline", "win", win]
         assert subjects(agent.folder) == ["win", win]
-        assert git(agent.folder, "status", "--short") == ""
     first, second = (agent.rows()[1] for agent in pair)
     assert first[0] != second[0] and first[1:] == second[1:]  # measured again, as a commit of its own
 
@@ -546,6 +543,6 @@ def test_every_command_of_the_page_is_played(begun, night, pair):
 
 def test_the_page_is_short_and_its_example_is_a_ledger():
     assert len(PROGRAM.encode()) <= 7000
-    header, *rows = re.search(r"^```\n(commit\t.*?)^```", PROGRAM, re.DOTALL | re.MULTILINE)[1].splitlines()
-    assert header + "\n" == HEADER and len(rows) == 4 and all(map(well_formed, rows))
-    assert "(noise 0.0040; seed 43: 0.999900, seed 44: 0.995900; 953 steps; NVIDIA H100, fa3)" in rows[0]
+    rows = PROGRAM.split(f"```\n{HEADER}")[1].split("```")[0].splitlines()
+    assert len(rows) == 4 and all(map(well_formed, rows))
+    assert rows[0].endswith(BASELINE)
