@@ -1,6 +1,8 @@
 """Every test runs on the tiny profile, on the CPU, offline, with a cache and a small text folder of its own."""
 
 import os
+import re
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).parents[1]
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"  # of results.tsv
 TMP = tempfile.TemporaryDirectory(prefix="autoresearch-tests-", ignore_cleanup_errors=True)
 TEXT = Path(TMP.name) / "text"
 TEXT.mkdir()
@@ -34,6 +37,38 @@ def write_text(folder, megabytes):
 
 
 write_text(TEXT, 3)
+
+
+def commands(text):
+    """The fenced bash blocks of a Markdown text, and the commands between backquotes in its sentences; each once."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == text.count("```bash"), "a block in a list: its here-document would not end"
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    inline = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    words = r"(git|uv|grep|tail|awk|mv|rm|cp|cat|sleep|nohup|pgrep|SEED=\d+ uv) [^.]"
+    return list(dict.fromkeys(blocks + [span for span in inline if re.match(words, span)]))
+
+
+def environment(folder):
+    """For a shell in `folder`: git knows its author and nothing of this machine, programs of ../bin come first."""
+    names = {f"GIT_{who}_{what}": "agent@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    return names | {
+        "PATH": f"{folder.parent / 'bin'}:{os.environ['PATH']}", "HOME": str(folder.parent), "LC_ALL": "C.UTF-8",
+        "GIT_CONFIG_NOSYSTEM": "1", "GIT_TEMPLATE_DIR": "",
+    }
+
+
+def git(folder, *args):
+    """What git prints, without the last line's end."""
+    done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, env=environment(folder))
+    assert done.returncode == 0, (args, done.stderr)
+    return done.stdout.strip()
+
+
+def stub(path, text):
+    """A shell script in the place of a program."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
 
 
 @pytest.fixture(scope="session")
