@@ -232,20 +232,9 @@ def test_every_command_of_the_page_is_played():
 # Slurm
 
 GPUS = {"n0": 6, "n1": 1, "n2": 1}  # Slurm fills n1 and n2 first
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
-def configuration(folder):
-    user = pwd.getpwuid(os.getuid()).pw_name
-    node = "NodeName={} NodeHostname=localhost NodeAddr=127.0.0.1 Port={} CPUs=8 Gres=gpu:{} Weight={}"
-    nodes = [node.format(name, free_port(), gpus, gpus) for name, gpus in GPUS.items()]
-    return f"""ClusterName=test
+CONFIGURATION = """ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
-SlurmctldPort={free_port()}
+SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -261,7 +250,13 @@ SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000
 GresTypes=gpu
 PartitionName=batch Nodes=ALL Default=YES
-""" + "\n".join(nodes)
+"""
+NODE = "NodeName={} NodeHostname=localhost NodeAddr=127.0.0.1 Port={} CPUs=8 Gres=gpu:{} Weight={}\n"
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def until(condition):
@@ -283,8 +278,9 @@ def cluster(tmp_path_factory):
         (folder / f"gpu{number}").symlink_to("/dev/null")
     gres = "NodeName={} Name=gpu File={}/gpu[0-{}]\n"
     (folder / "gres.conf").write_text("".join(gres.format(node, folder, gpus - 1) for node, gpus in GPUS.items()))
-    (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
-    (folder / "slurm.conf").write_text(configuration(folder))
+    user = pwd.getpwuid(os.getuid()).pw_name
+    nodes = [NODE.format(name, free_port(), gpus, gpus) for name, gpus in GPUS.items()]
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(port=free_port(), **locals()) + "".join(nodes))
     (folder / "key").write_bytes(os.urandom(1024))
     (folder / "key").chmod(0o400)
     files = {"key-file": "key", "socket": "munge", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
