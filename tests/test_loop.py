@@ -1,40 +1,31 @@
 """program.md played by a scripted agent: its commands are taken from the page, only the examples in them are replaced.
 
-`uv`, `sleep` and `claude` are stubs, and train.py is a stub that ends at once with the result written in it; git,
-the shell and the ledger are real. The agent's decisions follow the page, sentence by sentence.
+`uv`, `sleep` and `pgrep` are stubs, and train.py is a stub that ends at once with the result written in it; git, the
+shell and the ledger are real. The agent's decisions follow the page, sentence by sentence.
 """
 
 import ast
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections import namedtuple
 
 import pytest
 
 from conftest import HEADER, REPO, commands, environment, git, stub
 
 PROGRAM = (REPO / "program.md").read_text(encoding="utf-8")
-SETTINGS = json.loads((REPO / ".claude/settings.json").read_text())
+Result = namedtuple("Result", "val_bpb memory_gb steps device attention")
 
 
 def page(start):
     """The command of program.md that is `start`, or the one that begins with it."""
     found = [command for command in commands(PROGRAM) if command.startswith(start)]
-    assert start in found or len(found) == 1, f"program.md should have one command that begins with {start!r}, has {found}"
+    assert start in found or len(found) == 1, f"program.md: not one command begins with {start!r} but {found}"
     return start if start in found else found[0]
-
-
-def replaced(command, **values):
-    """The command with its examples replaced, each of which must be there."""
-    for example, value in values.values():
-        assert example in command, (example, command)
-        command = command.replace(example, value)
-    return command
 
 
 # ---------------------------------------------------------------------------
@@ -42,54 +33,54 @@ def replaced(command, **values):
 
 TRAIN = """# {text!r}
 from prepare import start_watchdog
-import os, signal, sys, time
-RESULTS = {results!r}  # val_bpb by seed, or how the run ends
+import os, signal, time
+values = {results!r}.split()  # by seed: val_bpb, how the run ends, or both
+how, _, val_bpb = values[(int(os.environ.get("SEED", 42)) - 42) % len(values)].rpartition(":")
+first = not os.path.exists("once.log")
+open("once.log", "w").close()
 start_watchdog(0.3)
-result = RESULTS.get(os.environ.get("SEED", "42"))
-print("CPU x2 | sdpa | tiny\\nstep     1 |   0.0 % | loss 7.6", flush=True)
-if result == "error":
+if val_bpb == "error":
     raise RuntimeError("shape '[1, 2]' is invalid")
-if result == "hang":
-    time.sleep(60)
-if result == "killed" or result == "killed once" and not os.path.exists("once.log"):
-    open("once.log", "w").close()
+if val_bpb == "killed" or how == "killed" and first:
     os.kill(os.getpid(), signal.SIGKILL)
-if result == "slow":
-    time.sleep(0.25)
-    result = "0.990000"
-if result == "killed once":
-    result = "0.990000"
-print(f"---\\nval_bpb:          {{result}}\\ntotal_seconds:    325.9\\npeak_vram_mb:     45056.0\\ndepth:            8")
+time.sleep(60 if val_bpb == "hang" else 0.25 if how == "long" else 0)
+steps, worse = 953, 0
+if how == "busy" and first:
+    steps, worse = 800, 0.02
+if os.path.exists("drift.log"):  # the whole machine has become slower
+    steps, worse = 838, 0.01
+print(f"---\\nval_bpb:          {{float(val_bpb) + worse:.6f}}\\ntotal_seconds:    325.9\\npeak_vram_mb:     45056.0")
+print(f"num_steps:        {{steps}}\\ndevice:           NVIDIA H100\\nattention:        fa3")
 """
 
 
 def write_train(folder, results, text="baseline"):
+    (folder / "once.log").unlink(missing_ok=True)
     (folder / "train.py").write_text(TRAIN.format(results=results, text=text), encoding="utf-8")
 
 
 def make_stage(parent):
     """A fresh clone in `parent`/autoresearch."""
-    (parent / "bin").mkdir(parents=True)
-    stub(parent / "bin/uv", f'shift; exec "{sys.executable}" -S -E "$PWD/$@"')
-    stub(parent / "bin/sleep", "exec /bin/sleep 0.05")
-    stub(parent / "bin/claude", 'echo "$CUDA_VISIBLE_DEVICES in $PWD: $@"')
-    # the real command would find every train.py of the machine
-    stub(parent / "bin/pgrep", f'exec "{shutil.which("pgrep") or "false"}" "$1" "$PWD/$2"')
-    origin, folder = parent / "origin", parent / "autoresearch"
-    (origin / "tests").mkdir(parents=True)
-    for name in ("program.md", "README.md", ".gitignore", "tests/conftest.py", ".claude/settings.json"):
-        (origin / name).parent.mkdir(exist_ok=True)
+    origin, folder, bin = parent / "origin", parent / "autoresearch", parent / "bin"
+    for path in (bin, origin / "tests"):
+        path.mkdir(parents=True)
+    stub(bin / "uv", f'shift; exec "{sys.executable}" "$@"')
+    stub(bin / "sleep", "exec /bin/sleep 0.05")
+    of_this_folder = '[ "$(readlink /proc/$pid/cwd)" = "$PWD" ] && echo $pid'
+    stub(bin / "pgrep", f'for pid in $({shutil.which("pgrep")} "$@"); do {of_this_folder}; done; true')
+    for name in ("program.md", ".gitignore"):
         shutil.copy(REPO / name, origin / name)
+    (origin / "analysis.ipynb").write_text("not executed")
+    (origin / "tests/bench_train.py").write_text("print('| matmul | 38 % |')")
     source = (REPO / "prepare.py").read_text(encoding="utf-8")
     watchdog = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "start_watchdog")
     (origin / "prepare.py").write_text(
         f"import faulthandler, os\n{ast.get_source_segment(source, watchdog)}\n"
-        f"if __name__ == '__main__' and not os.path.exists('results.tsv'):\n    open('results.tsv', 'w').write({HEADER!r})\n")
-    write_train(origin, {"42": "0.997900", "43": "0.999900", "44": "0.995900"})  # the noise is 0.0040
-    git(origin, "init", "-q", "-b", "main")
-    git(origin, "add", ".")
-    git(origin, "commit", "-q", "-m", "start")
-    git(parent, "clone", "-q", str(origin), str(folder))
+        "if __name__ == '__main__' and not os.path.exists('results.tsv'):\n"
+        f"    open('results.tsv', 'w').write({HEADER!r})\n")
+    write_train(origin, "0.997900 0.999900 0.995900")  # the noise is 0.0040
+    for command in ("init -q -b main", "add .", "commit -q -m start", f"clone -q . {folder}"):
+        git(origin, *command.split())
     return folder
 
 
@@ -106,111 +97,125 @@ def copy_stage(folder, parent):
 class Agent:
     """Does what program.md says, one command after the other; before each, copies the stage to `deaths`/<number>."""
 
-    def __init__(self, folder, tag="nov21", deaths=None):
-        self.folder, self.tag, self.deaths, self.steps, self.played, self.log = folder, tag, deaths, 0, set(), []
-        self.background = False
+    def __init__(self, folder, today="nov21", said=None, deaths=None):
+        self.folder, self.today, self.said, self.deaths = folder, today, said, deaths
+        self.tag, self.steps, self.played, self.log = "nov21", 0, set(), []
 
     def step(self):
         if self.deaths:
             copy_stage(self.folder, self.deaths / str(self.steps))
         self.steps += 1
 
-    def do(self, start, *, line=None, check=True, **values):
-        """Give the command of the page that begins with `start`; returns what it prints."""
+    def do(self, start, *, check=True, **examples):
+        """Give the command of the page that begins with `start`, each (example, value) replaced; what it prints."""
         self.step()
         command = page(start)
         self.played.add(command)
-        command = command.splitlines()[line] if line is not None else command
-        if "nov21" in command:
-            command = command.replace("nov21", self.tag)
-        command = replaced(command, **values)
+        command = command.replace("nov21", self.tag)
+        for example, value in examples.values():
+            assert example in command, (example, command)
+            command = command.replace(example, value)
         done = subprocess.run(["bash", "-c", command], cwd=self.folder, capture_output=True, text=True, timeout=30,
                               env=environment(self.folder))
-        self.log.append((command, done.returncode, done.stdout, done.stderr))
+        self.log.append((command, done.returncode, done.stdout))
         assert not check or done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
 
     # Set-up
 
     def start(self):
-        if f"autoresearch/{self.tag}\n" in self.do("git branch --list").replace("* ", "").replace("+ ", "").replace("  ", ""):
+        branches = self.do("git branch --list")
+        here = re.search(r"^\* (?:autoresearch|side|control)/(.+)$", branches, re.MULTILINE)
+        self.tag = self.said or (here[1] if here else self.today)
+        if re.search(rf"^[*+ ] autoresearch/{self.tag}$", branches, re.MULTILINE):
             return self.resume()
-        assert self.do("git diff --stat HEAD") == ""
         if self.rows():
             self.do("mv results.tsv")
         self.do("git checkout -b")
         self.set_up()
 
     def set_up(self):
-        for name in ("README.md", "prepare.py", "train.py"):
-            assert (self.folder / name).read_text()
+        if self.do("git diff --stat HEAD"):
+            self.do("git commit -am")
         self.do("uv run prepare.py")
-        self.baseline()
-
-    def baseline(self):
-        runs = [self.run()] + [self.run(seed) for seed in (43, 44)]
-        noise = max(val for val, _ in runs) - min(val for val, _ in runs)
-        self.write_row(*runs[0], "keep", text=f"baseline (noise {noise:.4f})")
+        first, *others = [self.run(seed) for seed in (None, 43, 44)]
+        values = [result.val_bpb for result in (first, *others)]
+        self.write_row(first, "keep", f"baseline (noise {max(values) - min(values):.4f}; seed 43: {values[1]:.6f}, "
+                       f"seed 44: {values[2]:.6f}; {first.steps} steps; {first.device}, {first.attention})")
 
     # One run
 
     def run(self, seed=None):
-        """(val_bpb, memory in GB), or None for a crash."""
+        """A Result, or None for a crash."""
         for _ in range(2):
             if seed:
                 self.do("SEED=43 uv run", check=False, seed=("43", str(seed)))
-            elif self.background:
-                self.do("nohup sh -c", line=0)
-                for _ in range(20):
-                    if self.do("nohup sh -c", line=1).startswith("exit code"):
-                        break
-                else:
-                    raise AssertionError("the run never ended")
             else:
                 self.do("uv run train.py", check=False)
-            lines = self.do("grep ", check=False).split()
-            if lines:
-                assert [lines[0], lines[2]] == ["val_bpb:", "peak_vram_mb:"] and len(lines) == 4, lines
-                return float(lines[1]), float(lines[3]) / 1024
+            printed = re.findall(r"^\w+: +(.+)$", self.do("grep ", check=False), re.MULTILINE)
+            if printed:
+                return Result(float(printed[0]), float(printed[1]) / 1024, int(printed[2]), *printed[3:])
             if re.search("Error|Timeout|FAIL", self.do("tail -n 50 run.log")):
-                break
+                return None
         return None
+
+    def control(self, commit, seed=None):
+        self.do("git checkout -B control", commit=("a1b2c3d", commit))
+        result = self.run(seed)
+        self.do("git checkout autoresearch/nov21")
+        return result
 
     # The ledger
 
-    def write_row(self, val_bpb, memory_gb, status, text=None, remark=""):
-        self.do("git log -1 --abbrev=7 --format='", val=("0.993200", f"{val_bpb:.6f}"), memory=("44.2", f"{memory_gb:.1f}"),
-                status=("keep", status), text=("%s", text or "%s" + remark))
+    def write_row(self, result, status, text):
+        """`text` stands for all that follows the status, %s in it for the first line of the commit."""
+        self.do("git log -1 --abbrev=7", val=("0.993200", f"{result.val_bpb:.6f}"),
+                memory=("44.2", f"{result.memory_gb:.1f}"), status=("keep", status), text=("%s (961 steps)", text))
 
     def rows(self):
         ledger = self.folder / "results.tsv"
         return [line.split("\t") for line in ledger.read_text().splitlines()[1:]] if ledger.exists() else []
 
     def remember(self):
-        """The best, as in the page: (commit, val_bpb) of the last kept row; and the noise."""
+        """The noise, the best row (the lowest that was kept), and the last kept one, where the branch stands."""
         kept = [line.split("\t") for line in self.do("awk ").splitlines()]
-        assert self.do("tail -n 20 results.tsv").splitlines() == (self.folder / "results.tsv").read_text().splitlines()[-20:]
-        self.noise = float(re.search(r"\(noise (\S+)\)", kept[0][4])[1])
-        self.best, self.best_bpb = kept[-1][0], float(kept[-1][1])
+        self.last_rows = self.do("tail -n 20 results.tsv")
+        if len(self.rows()) % 30 == 0:
+            assert self.do("cat results.tsv").count("\n") == 31
+            assert "I expect" in self.do("git log -n 30")
+        self.noise = float(re.search(r"noise (\d+\.\d+)", kept[0][4])[1])
+        self.best, self.last = min(kept, key=lambda row: float(row[1])), kept[-1]
 
     # The loop
 
-    def go_back(self):
-        self.do("git reset --hard a1b2c3d", best=("a1b2c3d", self.best))
+    def undo(self):
+        self.do("git reset --keep", last=("a1b2c3d", self.last[0]))
 
-    def commit(self, text, results):
+    def experiment(self, text, results, **how):
+        """Steps 1 to 4; True if it was kept."""
+        self.remember()
         self.step()
         write_train(self.folder, results, text)
+        self.commit(text)
+        return self.measure(**how)
+
+    def commit(self, text):
         self.do("git commit train.py", text=("matrix LR 0.04 -> 0.05", text))
 
-    def experiment(self, text, results, simpler=False, mended=None, side=False):
-        """Steps 1 to 5; True if it was kept."""
-        self.remember()
-        self.commit(text, results)
-        return self.measure(simpler, mended, side)
+    def bar(self, result):
+        """The val_bpb to compare `result` with, or None: no row and no control has about as many steps."""
+        known = [(self.best[1], re.search(r"(\d+) steps", self.best[4])[1]),
+                 (self.last[1], re.search(r"(\d+) steps", self.last[4])[1]),
+                 *re.findall(r"control (\S+), (\d+) steps", self.since(self.last))]
+        found = [val_bpb for val_bpb, steps in known if abs(result.steps - int(steps)) <= int(steps) / 10]
+        return float(found[0]) if found else None
 
-    def measure(self, simpler=False, mended=None, side=False):
-        """Steps 3 to 5 for the commit that is there."""
+    def since(self, row):
+        """The ledger from this row on."""
+        return self.last_rows[self.last_rows.find("\n" + row[0]):]
+
+    def measure(self, simpler=False, mended=None, side=False, always=False):
+        """Steps 3 and 4 for the commit that is there; True if it was kept."""
         self.remember()
         result = self.run()
         if not result and mended:
@@ -218,127 +223,133 @@ class Agent:
             write_train(self.folder, mended)
             self.do("git commit --amend")
             result = self.run()
-        if not result:
-            self.write_row(0, 0, "crash", remark=" (out of memory)")
-            if not side:
-                self.go_back()
-            return False
-        gain, remark = self.best_bpb - result[0], ""
-        if side:
-            keep = gain > self.noise
+        if result and not self.bar(result):
+            result = self.run()
+        if result:
+            keep = self.judge(result, simpler, side, always)
         else:
-            keep = gain > self.noise or abs(gain) <= self.noise and simpler
-            if not keep and 0 < gain <= self.noise:
-                keep, remark = self.compare_means(result[0])
-        self.write_row(*result, "keep" if keep else "discard", remark=remark)
+            keep = False
+            self.write_row(Result(0, 0, 0, "", ""), "crash", "%s (out of memory)")
         if not keep and not side:
-            self.go_back()
+            self.undo()
         return keep
 
-    def compare_means(self, val_bpb):
-        other = self.run(43)[0]
-        self.do("git checkout --detach", best=("a1b2c3d", self.best))
-        best_other = self.run(43)[0]
-        self.do("git checkout autoresearch/nov21")
-        mean, best_mean = (val_bpb + other) / 2, (self.best_bpb + best_other) / 2
-        return best_mean - mean > self.noise / 2, f" (means {mean:.4f} and {best_mean:.4f})"
+    def judge(self, result, simpler, side, always):
+        bar, remark = self.bar(result), ""
+        if not bar:
+            control = self.control(self.last[0])
+            bar, remark = control.val_bpb, f"; control {control.val_bpb:.6f}, {control.steps} steps"
+        gain = round(bar - result.val_bpb, 6)
+        keep = gain > self.noise or always or simpler and gain >= -self.noise / 2
+        if not keep and gain > 0 and not side:
+            keep, remark = self.another_seed(result)
+        self.write_row(result, "keep" if keep else "discard", f"%s ({result.steps} steps{remark})")
+        return keep
+
+    def another_seed(self, result):
+        """(Whether the mean of two seeds is lower than the best's by more than half the noise, both in words)."""
+        other = self.run(43).val_bpb
+        known = re.search(r"\A\n.*seed 43: (\S+?)[,;)]|the best (\S+?)[,;)]", self.since(self.best))
+        best_other = float(known[1] or known[2]) if known else self.control(self.best[0], 43).val_bpb
+        gain = (float(self.best[1]) + best_other - result.val_bpb - other) / 2
+        return gain > self.noise / 2, f"; seed 43: {other:.6f}, the best {best_other:.6f}"
 
     def side_branch(self, ideas):
-        self.do("git checkout -B")
-        for text, results in ideas:
+        self.do("git checkout -B side")
+        for text, results in ideas.items():
             if self.experiment(text, results, side=True):
                 self.do("git checkout autoresearch/nov21")
                 self.do("git merge")
                 return
         self.do("git checkout autoresearch/nov21")
 
-    # When you resume
-
-    def resume(self):
-        for _ in range(10):
-            if not self.do("sleep 60", check=False):
-                break
-        changed = self.do("git diff --stat HEAD")
-        assert not changed or re.fullmatch(r" train\.py .*\n 1 file changed.*\n", changed), changed
-        self.do("git reset --hard")
-        self.do("git checkout autoresearch/nov21")
-        self.do("uv run prepare.py")
-        head = self.do("git log -1 --abbrev=7 --format=%h").strip()
-        rows = self.rows()
-        kept = [row for row in rows if row[3] == "keep"]
-        if not kept:
-            self.set_up()
-        elif head not in [row[0] for row in rows]:
-            self.measure()
-        else:
-            self.best = kept[-1][0]
-            self.go_back()
-
-    # Other agents beside you
-
-    def borrow(self):
-        """Try the last kept idea of the agent in the first other worktree; True if it was kept, None in a conflict."""
-        other = next(line.split()[0] for line in self.do("git worktree list").splitlines() if str(self.folder) + " " not in line)
-        rows = self.do("tail -n 20 ../", other=(f"../autoresearch-{self.tag}-gpu1", f"../{Path(other).name}"))
-        theirs = [row.split("\t") for row in rows.splitlines() if "\tkeep\t" in row][-1]
+    def borrow(self, commit):
+        """True if another's idea was kept, None in a conflict."""
         self.remember()
-        self.do("git cherry-pick a1b2c3d", check=False, commit=("a1b2c3d", theirs[0]))
+        self.do("git cherry-pick a1b2c3d", check=False, commit=("a1b2c3d", commit))
         if self.log[-1][1]:
             self.do("git cherry-pick --abort")
             return None
         return self.measure()
 
+    # Resuming
 
-def score(val_bpb, other=None):
-    return {"42": val_bpb, "43": other or val_bpb}
+    def resume(self):
+        for _ in range(10):
+            if not self.do("sleep 60; pgrep"):
+                break
+        self.do("uv run prepare.py")
+        if not any(row[3] == "keep" for row in self.rows()):
+            self.do("git checkout autoresearch/nov21")
+            return self.set_up()
+        if "train.py" in self.do("git diff --stat HEAD"):
+            if self.has_row():
+                self.commit(ast.literal_eval((self.folder / "train.py").read_text().splitlines()[0][2:]))
+            else:
+                self.do("git commit --amend")
+        self.do("git checkout autoresearch/nov21", check=False)
+        if self.log[-1][1]:
+            self.do("git commit -am")
+            self.do("git checkout autoresearch/nov21")
+        self.remember()
+        if self.has_row():
+            self.undo()
+        else:
+            self.measure(always="+++ b/train.py" not in self.do("git show", commit=("a1b2c3d", "HEAD")))
+
+    def has_row(self):
+        head = self.do("git log -n 30").split()[1]
+        return any(head.startswith(row[0]) for row in self.rows())
 
 
-HOSTILE = [
-    "it's a \"test\" of `ls` and $HOME and $(touch pwned); rm -rf . # \\n %s %h %n",
-    "100 % wider: ümlaut, 中文, 🙂, and\ta tab",
-    "' || git push & > train.py < /dev/null * ?",
-    "# looks like a comment",
-]
-# (text, what train.py gives, what else is so, whether it must be on the branch at the end); the best starts at 0.9979
-NIGHT = [
-    ("embedding LR 0.6 -> 0.8", score("0.993200"), {}, True),
-    ("GeLU", score("1.005000"), {}, False),
-    (HOSTILE[0], score("0.988000"), {}, True),
-    (HOSTILE[1], score("0.989500"), {}, False),  # higher, inside the noise, not simpler
-    ("tie with luck", score("0.986000", "0.992000"), {}, False),  # means 0.9890 and 0.9880
-    ("tie that holds", score("0.986500", "0.983500"), {}, True),  # means 0.9850 and 0.9880
-    ("simpler and as good", score("0.988900"), {"simpler": True}, True),
-    ("simpler and worse", score("0.994000"), {"simpler": True}, False),
-    ("model twice as wide", score("error"), {}, False),
-    ("a slip, mended", score("error"), {"mended": score("0.984000")}, True),
-    ("hangs", score("hang"), {}, False),
-    ("is killed each time", score("killed"), {}, False),
-    (HOSTILE[2], score("0.979000"), {}, True),
-    ("exactly as good as the best", score("0.979000"), {}, False),
-    ("worse", score("0.979001"), {}, False),
-    (HOSTILE[3], score("1.100000"), {}, False),
-    ("five", score("1.200000"), {}, False),
-    ("optimizer for the norms", score("0.974000"), {}, True),
-    ("side, first half", score("1.000000"), {"side": 2}, True),
-    ("side, second half", score("0.960000"), {}, True),
-    ("side, error", score("error"), {"side": 3}, False),
-    ("side, hopeless", score("0.990000"), {}, False),
-    ("side, given up", score("0.958000"), {}, False),  # inside the noise
-    ("after the side branch", score("0.955000"), {}, True),
-    ("a crash again", score("error"), {}, False),
-    ("loss", score("0.970000"), {}, False),
-    ("last win", score("0.950000"), {}, True),
-    ("loss again", score("0.970000"), {}, False),
-    ("the very last", score("0.945000"), {}, True),
-]
+# idea: (what train.py gives, is it on the branch at the end, what else is so); the best starts at 0.9979
+NIGHT = {
+    "embedding LR 0.6 -> 0.8": ("0.9932", True),
+    "GeLU": ("1.0050", False),
+    "it's a \"test\" of `ls` and $HOME and $(touch pwned); rm -rf . # \\n %s %h": ("0.9880", True),
+    "100 % wider: ümlaut, 中文, 🙂, and\ta tab": ("0.9895", False),  # higher, within the noise, not simpler
+    "tie with luck": ("0.9860 0.9920", False),  # means 0.9890 and 0.9880
+    "tie that holds": ("0.9865 0.9835", True),  # means 0.9850 and 0.9880
+    "simpler": ("0.9884", True, {"simpler": True}),  # 0.0019 above the best
+    "simpler again": ("0.9886", False, {"simpler": True}),  # next to the last, but 0.0021 above the best
+    "model twice as wide": ("error", False),
+    "a slip": ("error", True, {"mended": "0.9820"}),
+    "hangs": ("hang", False),
+    "killed each time": ("killed", False),
+    "' || git push & > train.py < /dev/null * ?": ("0.9770", True),
+    "exactly as good": ("0.9770", False),
+    "worse": ("0.9771", False),
+    "much worse": ("1.1000", False),
+    "optimizer for the norms": ("0.9720", True),
+    "a busy machine, once": ("busy:0.9670", True),
+    "side, first half": ("1.0000", True, {"side": 2}),
+    "side, second half": ("0.9600", True),
+    "side, error": ("error", False, {"side": 3}),
+    "side, hopeless": ("0.9900", False),
+    "side, given up": ("0.9580", False),  # within the noise
+    "after the side branch": ("0.9550", True),
+    "killed, once": ("killed:0.9800", False),
+    "drift, no gain": ("0.9550", False, {"drift": True}),  # 0.9650 as its control, where the best has 0.9550
+    "drift, a gain": ("0.9500", True, {"drift": True}),  # 0.9600, against the control of the row before
+    "drift, no second gain": ("0.9500", False, {"drift": True}),  # 0.9600 as the last kept row
+    "the last win": ("0.9450", True),
+    "the very last": ("0.9490", False),
+}
+OTHER_RUN = HEADER + "0123456\t0.900000\t1.0\tkeep\tanother run's best\n"
 
 
 def well_formed(row):
     return re.fullmatch(r"[0-9a-f]{7}\t\d\.\d{6}\t\d+\.\d\t(keep|discard|crash)\t[^\t\n]+", row)
 
 
-def subjects(folder, ref="HEAD"):
-    return git(folder, "log", "--reverse", "--format=%s", f"main..{ref}").splitlines()
+def subjects(folder):
+    return git(folder, "log", "--reverse", "--format=%s", "main..HEAD").splitlines()
+
+
+def ledger(agent):
+    """{idea: (val_bpb, status, what stands in the brackets)}."""
+    rows = [(*re.fullmatch(r"(.*) \(([^()]*)\)", row[4]).groups(), row[1], row[3]) for row in agent.rows()]
+    return {idea: (val_bpb, status, remark) for idea, remark, val_bpb, status in rows}
 
 
 @pytest.fixture(scope="module")
@@ -347,297 +358,205 @@ def stage(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def night(stage, tmp_path_factory):
-    """The agent after a baseline and the 29 experiments above; an older run's ledger lay in the folder."""
-    agent = Agent(copy_stage(stage, tmp_path_factory.mktemp("night") / "here"))
-    (agent.folder / "results.tsv").write_text(HEADER + "0123456\t0.900000\t1.0\tkeep\tanother run's best\n")
+def begun(stage, tmp_path_factory):
+    """A stage with a baseline and a win of 0.9900."""
+    agent = Agent(copy_stage(stage, tmp_path_factory.mktemp("begun") / "here"))
     agent.start()
-    ideas = iter(NIGHT)
-    for number, (text, results, how, _) in enumerate(ideas):
-        agent.background = number % 2 == 1
-        if "side" in how:
-            more = [next(ideas)[:2] for _ in range(how["side"] - 1)]
-            agent.side_branch([(text, results), *more])
-        else:
-            agent.experiment(text, results, **how)
-    return agent
+    agent.experiment("win", "0.9900")
+    return agent.folder
 
 
 @pytest.fixture(scope="module")
-def pair(stage, tmp_path_factory):
-    """Two agents in two worktrees made as the README says; each has a win of its own and tries the other's."""
-    first = Agent(copy_stage(stage, tmp_path_factory.mktemp("pair") / "here"))
-    block = next(command for command in commands((REPO / "README.md").read_text()) if "worktree add" in command)
-    shown = subprocess.run(["bash", "-ec", block], cwd=first.folder, env=environment(first.folder), capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    second = Agent(first.folder.parent / "autoresearch-nov21-gpu1", tag="nov21-gpu1")
-    for agent in (first, second):
-        agent.start()
-    first.experiment("first's win", score("0.990000"))
-    assert first.folder.joinpath("results.tsv").read_text() != second.folder.joinpath("results.tsv").read_text()
-    borrowed = second.borrow()
-    second.experiment("second's win", score("0.980000"))
-    first.experiment("first's other win", score("0.984000"))  # the same line of train.py: a conflict
-    return first, second, borrowed, first.borrow(), shown.stdout
+def night(stage, tmp_path_factory):
+    """The baseline and the 30 experiments above, in a folder where the human and another run had left things."""
+    agent = Agent(copy_stage(stage, tmp_path_factory.mktemp("night") / "here"))
+    (agent.folder / "results.tsv").write_text(OTHER_RUN)
+    for name in ("program.md", "analysis.ipynb", "notes.txt"):
+        (agent.folder / name).write_text("by the human")
+    agent.start()
+    (agent.folder / "program.md").write_text("edited in the night")
+    ideas = iter(NIGHT.items())
+    for idea, (results, _, *how) in ideas:
+        how = dict(*how)
+        (agent.folder / "drift.log").unlink(missing_ok=True)
+        if how.pop("drift", False):
+            (agent.folder / "drift.log").touch()
+        if "side" in how:
+            more = [next(ideas) for _ in range(how["side"] - 1)]
+            agent.side_branch({idea: results} | {idea: results for idea, (results, *_) in more})
+        else:
+            agent.experiment(idea, results, **how)
+    return agent
 
 
-# ---------------------------------------------------------------------------
-
-
-def test_a_night_of_30_experiments_ends_with_exactly_the_wins_on_the_branch(night):
-    assert subjects(night.folder) == [text for text, _, _, kept in NIGHT if kept]
+def test_a_night_of_30_experiments_ends_with_exactly_the_wins_on_the_branch_each_with_its_reason(night):
+    wins = [idea for idea, (_, kept, *_) in NIGHT.items() if kept]
+    assert subjects(night.folder) == ["what the human left", *wins]
     assert git(night.folder, "branch", "--show-current") == "autoresearch/nov21"
-    assert git(night.folder, "diff", "--name-only", "main") == "train.py"
-    assert git(night.folder, "status", "--short") == ""
+    assert git(night.folder, "log", "--format=%b", "main..HEAD").count("I expect") == len(wins)
 
 
-def test_a_night_of_30_experiments_leaves_30_well_formed_rows(night):
+def test_a_night_of_30_experiments_leaves_31_well_formed_rows(night):
     header, *rows = (night.folder / "results.tsv").read_text().splitlines()
-    assert header + "\n" == HEADER and len(rows) == 30 and all(map(well_formed, rows))
-    cells = [row.split("\t") for row in rows]
-    texts = [re.sub(r" \((means|out of memory).*", "", row[4]) for row in cells]
-    assert texts == ["baseline (noise 0.0040)", *(text.replace("\t", " ") for text, *_ in NIGHT)]
-    assert len({row[0] for row in cells}) == 30
-    for commit, val_bpb, memory_gb, status, _ in cells:
+    assert header + "\n" == HEADER and len(rows) == 31 and all(map(well_formed, rows))
+    statuses = {"baseline": "keep"}
+    for idea, (results, kept, *_) in NIGHT.items():
+        crashes = results in ("error", "hang", "killed")
+        statuses[idea.replace("\t", " ")] = "keep" if kept else "crash" if crashes else "discard"
+    statuses["side, first half"] = "discard"
+    assert {idea: status for idea, (_, status, _) in ledger(night).items()} == statuses
+    for commit, val_bpb, memory_gb, status, description in night.rows():
         assert git(night.folder, "cat-file", "-t", commit) == "commit"
-        assert (val_bpb, memory_gb) == ("0.000000", "0.0") if status == "crash" else memory_gb == "44.0"
-    statuses = [row[3] for row in cells[1:]]
-    expected = ["crash" if results["42"] in ("error", "hang", "killed") and "mended" not in how else "keep" if kept else "discard"
-                for _, results, how, kept in NIGHT]
-    expected[18] = "discard"  # the first half of the side branch
-    assert statuses == expected
+        if status == "crash":
+            assert (val_bpb, memory_gb) == ("0.000000", "0.0")
+        else:
+            assert memory_gb == "44.0" and re.search(r"\b\d{3} steps[;)]", description)
     assert not (night.folder / "pwned").exists()
 
 
-def test_another_runs_ledger_is_kept_under_its_own_name(night):
-    assert (night.folder / "results-nov20.tsv").read_text().endswith("another run's best\n")
+def test_what_was_measured_besides_stands_in_the_row_and_is_not_measured_again(night):
+    """Other seeds, and a control when the whole machine has become slower; a busy moment is one more run."""
+    remarks = {idea: remark for idea, (_, _, remark) in ledger(night).items()}
+    assert remarks["baseline"] == "noise 0.0040; seed 43: 0.999900, seed 44: 0.995900; 953 steps; NVIDIA H100, fa3"
+    assert remarks["tie with luck"] == "953 steps; seed 43: 0.992000, the best 0.988000"
+    assert remarks["tie that holds"] == "953 steps; seed 43: 0.983500, the best 0.988000"
+    assert remarks["a busy machine, once"] == "953 steps"
+    assert remarks["drift, no gain"] == "838 steps; control 0.965000, 838 steps"
+    assert remarks["drift, a gain"] == remarks["drift, no second gain"] == "838 steps"
+    ran = [command for command, *_ in night.log]
+    assert sum(command.startswith("SEED=43") for command in ran) == 4  # the baseline, the two ties, the best
+    assert sum(command.startswith("git checkout -B control") for command in ran) == 2
 
 
-def test_no_git_command_that_undoes_loses_a_row(night, tmp_path):
-    folder = copy_stage(night.folder, tmp_path / "copy")
-    ledger = (folder / "results.tsv").read_bytes()
-    for command in ("reset --hard HEAD~1", "stash -u", "checkout -f main", "clean -fd", "checkout -f -B other HEAD~0"):
-        (folder / "train.py").write_text("edited")
-        (folder / "untracked.py").write_text("untracked")
+def test_nothing_that_the_human_left_or_edits_in_the_night_is_lost(night):
+    assert (night.folder / "results-nov20.tsv").read_text() == OTHER_RUN
+    assert git(night.folder, "diff", "--name-only", "main").split() == ["analysis.ipynb", "program.md", "train.py"]
+    assert git(night.folder, "show", "HEAD:program.md") == "by the human"
+    assert (night.folder / "program.md").read_text() == "edited in the night"
+    assert git(night.folder, "status", "--short").split() == ["M", "program.md", "??", "notes.txt"]
+
+
+def test_no_git_command_that_undoes_loses_a_row(begun, tmp_path):
+    folder = copy_stage(begun, tmp_path / "copy")
+    for command in ("reset --hard HEAD~1", "stash -u", "checkout -f main", "clean -fd"):
         git(folder, *command.split())
-        assert (folder / "results.tsv").read_bytes() == ledger, command
-
-
-def test_a_run_that_was_killed_from_outside_is_run_once_more(stage, tmp_path):
-    agent = Agent(copy_stage(stage, tmp_path / "copy"))
-    agent.start()
-    assert agent.experiment("killed once", score("killed once"))
-    assert [row[1:4] for row in agent.rows()[1:]] == [["0.990000", "44.0", "keep"]]
+    assert (folder / "results.tsv").read_bytes() == (begun / "results.tsv").read_bytes()
 
 
 # --- resuming: whatever step the agent dies at, another one comes to the same end
 
-
-def scenario(agent, name):
-    """What the agent does before it dies, given a baseline and a win."""
-    if name == "discard":
-        agent.experiment("idea", score("1.100000"))
-    if name == "two seeds":
-        agent.experiment("idea", score("0.989000", "0.980000"))
-    if name == "mended":
-        agent.experiment("idea", score("error"), mended=score("0.980000"))
-    if name == "side branch":
-        agent.side_branch([("half", score("1.100000")), ("idea", score("0.970000"))])
-
-
-def ledger_of(agent):
-    return [(row[4], row[1], row[3]) for row in agent.rows()]
-
-
-SCENARIOS = {"set-up": [], "discard": [], "two seeds": ["idea"], "mended": ["idea"], "side branch": ["half", "idea"]}
+SCENARIOS = {
+    "set-up": (lambda agent: agent.start(), []),
+    "two seeds": (lambda agent: agent.experiment("idea", "0.9890 0.9990"), []),
+    "mended": (lambda agent: agent.experiment("idea", "error", mended="0.9800"), ["idea"]),
+    "side branch": (lambda agent: agent.side_branch({"half": "1.1000", "idea": "0.9700"}), ["half", "idea"]),
+}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_an_agent_that_dies_at_any_step_is_continued_by_the_next(stage, tmp_path, name):
-    """No row is lost or doubled, nothing that was not kept stays; at most the experiment in hand is run again."""
-    before = Agent(copy_stage(stage, tmp_path / "before"))
-    if name != "set-up":
-        before.start()
-        before.experiment("win", score("0.990000"))
-    begun = subjects(before.folder) if name != "set-up" else []
-    whole = Agent(copy_stage(before.folder, tmp_path / "whole"), deaths=tmp_path)
-    whole.start() if name == "set-up" else scenario(whole, name)
-    assert subjects(whole.folder) == begun + SCENARIOS[name]
+def test_an_agent_that_dies_at_any_step_is_continued_by_the_next(stage, begun, tmp_path, name):
+    """Another day, without a tag: no row is lost or doubled, what was not kept goes, at most one idea is run again."""
+    play, wins = SCENARIOS[name]
+    whole = Agent(copy_stage(stage if name == "set-up" else begun, tmp_path / "whole"), deaths=tmp_path)
+    if name == "set-up":
+        (whole.folder / "results.tsv").write_text(OTHER_RUN)
+        with (whole.folder / "train.py").open("a") as file:
+            file.write("# the human's edit")
+    before = subjects(whole.folder) or ["what the human left"]
+    play(whole)
+    assert subjects(whole.folder) == before + wins
     for k in range(whole.steps):
-        second = Agent(tmp_path / str(k) / whole.folder.name)  # as the first left it when it died before step k
-        second.start()
-        assert git(second.folder, "branch", "--show-current") == "autoresearch/nov21"
-        assert git(second.folder, "status", "--short") == "", k
-        for text, val_bpb, status in ledger_of(whole):  # an idea that left no row is lost with its agent: it has it again
-            if text.split(" (")[0] not in [row[0].split(" (")[0] for row in ledger_of(second)]:
-                scenario(second, name)
-                break
-        ledger = ledger_of(second)
-        texts = [row[0].split(" (")[0] for row in ledger if row[0] != "half"]  # a side branch is begun anew
-        assert len(texts) == len(set(texts)), (k, ledger)
-        commits = [row[0] for row in second.rows() if row[4] != "half"]
-        assert len(commits) == len(set(commits)), (k, second.rows())
-        assert all(map(well_formed, ["\t".join(row) for row in second.rows()]))
-        as_without_death = set(ledger_of(whole)) | ({("idea (out of memory)", "0.000000", "crash")} if name == "mended" else set())
-        assert set(ledger) <= as_without_death, (k, ledger)  # what the first would have mended is a crash to the second
-        assert subjects(second.folder) == begun + (SCENARIOS[name] if ledger[-1][2] == "keep" else []), (k, ledger)
-        head, kept = git(second.folder, "rev-parse", "HEAD"), [row for row in second.rows() if row[3] == "keep"][-1][0]
-        assert head.startswith(kept), k
-        shutil.rmtree(second.folder.parent)
+        heir = Agent(tmp_path / str(k) / whole.folder.name, today="nov21" if name == "set-up" else "nov22")
+        heir.start()  # where the first died before step k
+        if "idea" not in ledger(heir) and name != "set-up":
+            play(heir)  # an idea that left no trace is lost with its agent: the next has it again
+        commits = [row[0] for row in heir.rows()]
+        assert len(commits) == len(set(commits)), k
+        assert git(heir.folder, "branch", "--show-current") == "autoresearch/nov21", k
+        assert git(heir.folder, "status", "--short") == "", k
+        if "crash" in ledger(heir).get("idea", ()):  # the heir did not know that it was a slip
+            assert name == "mended" and subjects(heir.folder) == before, k
+        else:
+            assert ledger(heir) == ledger(whole) and subjects(heir.folder) == before + wins, k
+        if name == "set-up":
+            assert (heir.folder / "results-nov20.tsv").exists(), k
+            assert git(heir.folder, "show", "HEAD:train.py").endswith("# the human's edit"), k
+        shutil.rmtree(heir.folder.parent)
 
 
-@pytest.mark.skipif(not shutil.which("pgrep"), reason="needs pgrep, which finds the old run")
-def test_a_run_that_outlives_its_agent_is_waited_for_and_not_believed(stage, tmp_path):
-    agent = Agent(copy_stage(stage, tmp_path / "copy"))
-    agent.start()
-    agent.remember()
-    agent.commit("slow idea", score("slow"))
-    agent.do("nohup sh -c", line=0)
+@pytest.mark.skipif(not shutil.which("pgrep") or not os.path.exists("/proc"), reason="needs pgrep and /proc")
+def test_a_run_that_outlives_its_agent_is_waited_for_and_an_editor_is_not(begun, tmp_path):
+    agent = Agent(copy_stage(begun, tmp_path / "copy"))
+    write_train(agent.folder, "long:0.9800", "idea")
+    agent.commit("idea")
+    editor = subprocess.Popen(["bash", "-c", "exec -a 'vim train.py' /bin/sleep 30"], cwd=agent.folder)
+    subprocess.Popen(["bash", "-c", page("uv run train.py")], cwd=agent.folder, env=environment(agent.folder))
     time.sleep(0.1)  # it runs
-    heir = Agent(agent.folder)
-    heir.start()
-    waits = [out for command, _, out, _ in heir.log if command.startswith("sleep 60")]
-    assert len(waits) > 1 and waits[0] and not waits[-1]
-    assert ledger_of(heir)[1:] == [("slow idea", "0.990000", "keep")]
-
-
-def test_a_stale_log_is_never_the_result(stage, tmp_path):
-    """The old log names a great result; the agent died between its commit and its run, and uv is broken too."""
-    agent = Agent(copy_stage(stage, tmp_path / "copy"))
     agent.start()
-    agent.remember()
-    agent.commit("never run", score("0.999000"))
-    (agent.folder / "run.log").write_text("---\nval_bpb:          0.100000\npeak_vram_mb:     1.0\n")
-    heir = Agent(agent.folder)
-    heir.start()
-    assert ledger_of(heir)[-1] == ("never run", "0.999000", "discard")
-    (agent.folder / "run.log").write_text("---\nval_bpb:          0.100000\npeak_vram_mb:     1.0\n")
-    stub(agent.folder.parent / "bin/uv", "echo 'Error: uv is broken'; exit 2")
-    assert not heir.experiment("without uv", score("0.900000"))
-    assert ledger_of(heir)[-1] == ("without uv (out of memory)", "0.000000", "crash")
+    editor.kill()
+    editor.wait()
+    waits = [printed for command, _, printed in agent.log if command.startswith("sleep 60")]
+    assert len(waits) > 1 and waits[0] and not waits[-1]
+    assert ledger(agent)["idea"][:2] == ("0.980000", "keep")
 
 
-def test_a_human_edit_is_never_destroyed(stage, tmp_path):
-    """The page lets the agent begin only where `git diff --stat HEAD` prints nothing, or train.py in a resumed run."""
-    folder = copy_stage(stage, tmp_path / "copy")
-    (folder / "program.md").write_text("the human's edit\n")
-    (folder / "CLAUDE.md").write_text("the human's own file\n")
-    with pytest.raises(AssertionError, match="program.md"):
-        Agent(folder).start()
-    git(folder, "branch", "autoresearch/nov21")
-    with pytest.raises(AssertionError, match="program.md"):
-        Agent(folder).start()
-    assert (folder / "program.md").read_text() == "the human's edit\n"
+def test_what_the_human_did_between_two_agents_stays(begun, tmp_path):
+    """A commit of theirs on the branch is kept, an edit of train.py is measured, another in the way is committed."""
+    agent = Agent(copy_stage(begun, tmp_path / "copy"))
+    (agent.folder / "program.md").write_text("a new direction")
+    git(agent.folder, "commit", "-qam", "new direction")
+    agent.start()
+    assert not agent.experiment("idea", "1.1000")
+    write_train(agent.folder, "0.9800", "the human's idea")
+    agent.start()
+    git(agent.folder, "checkout", "-q", "main")
+    (agent.folder / "program.md").write_text("edited on main")
+    agent.start()
+    assert subjects(agent.folder) == ["win", "new direction", "the human's idea"]
+    assert git(agent.folder, "show", "main:program.md") == "edited on main"
 
 
 # --- two agents on one repository
 
 
+@pytest.fixture(scope="module")
+def pair(begun, tmp_path_factory):
+    """Two agents in two worktrees, each with a win of its own; one measured the other's, one found a conflict."""
+    first = Agent(copy_stage(begun, tmp_path_factory.mktemp("pair") / "here"))
+    folder = first.folder.parent / "autoresearch-nov21-gpu1"
+    git(first.folder, "worktree", "add", "-q", "-b", "autoresearch/nov21-gpu1", str(folder), "main")
+    second = Agent(folder, said="nov21-gpu1")
+    first.start()
+    second.start()
+    assert second.borrow(first.rows()[-1][0]) is True
+    second.experiment("second's win", "0.9800")
+    first.experiment("first's win", "0.9840")
+    assert first.borrow(second.rows()[-1][0]) is None  # both changed the same line
+    return first, second
+
+
 def test_two_agents_in_two_worktrees_mix_neither_ledgers_nor_branches(pair):
-    first, second, borrowed, conflict, shown = pair
-    assert shown.endswith(f"1 in {second.folder}: Read program.md and follow it. The run tag is nov21-gpu1.\n")
-    assert [row[4] for row in first.rows()] == ["baseline (noise 0.0040)", "first's win", "first's other win"]
-    assert [row[4] for row in second.rows()] == ["baseline (noise 0.0040)", "first's win", "second's win"]
-    for agent in (first, second):
-        assert subjects(agent.folder) == [row[4] for row in agent.rows()[1:]]
-        on_branch = git(agent.folder, "log", "--abbrev=7", "--format=%h").splitlines()
-        assert all(row[0] in on_branch for row in agent.rows())
+    for agent, win in zip(pair, ("first's win", "second's win")):
+        assert list(ledger(agent)) == ["baseline", "win", win]
+        assert subjects(agent.folder) == ["win", win]
         assert git(agent.folder, "status", "--short") == ""
+    first, second = (agent.rows()[1] for agent in pair)
+    assert first[0] != second[0] and first[1:] == second[1:]  # measured again, as a commit of its own
 
 
-def test_a_win_of_one_agent_is_measured_again_by_the_other(pair):
-    first, second, borrowed, conflict, _ = pair
-    assert borrowed is True and conflict is None  # the conflict left the first agent's branch as it was
-    one, other = first.rows()[1], second.rows()[1]
-    assert one[1:] == other[1:]
-    ran = [command for command, *_ in second.log]
-    assert ran.index(f"git cherry-pick {one[0]}") < len(ran) - 1 - ran[::-1].index("uv run train.py > run.log 2>&1\n")
+# --- the page itself
 
 
-def test_a_worktree_that_is_removed_leaves_its_ledger(pair):
-    """git worktree remove deletes ignored files without a word; the README copies the ledger first."""
-    first, second, *_ = pair
-    ledger = second.folder.joinpath("results.tsv").read_text()
-    block = next(command for command in commands((REPO / "README.md").read_text()) if "worktree remove" in command)
-    done = subprocess.run(["bash", "-ec", block], cwd=first.folder, env=environment(first.folder), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert not second.folder.exists()
-    assert (first.folder / "results-nov21-gpu1.tsv").read_text() == ledger
+def test_every_command_of_the_page_is_played(begun, night, pair):
+    heir = Agent(begun)
+    heir.start()
+    heir.do("uv run tests/bench_train.py profile")
+    heir.do("git show", commit=("a1b2c3d", "HEAD"))
+    assert set(commands(PROGRAM)) == night.played | pair[0].played | heir.played
 
 
-# --- the page and the settings
-
-
-def test_every_command_of_the_page_is_played(night, pair):
-    heir = Agent(night.folder)
-    heir.resume()
-    assert set(commands(PROGRAM)) == night.played | pair[0].played | pair[1].played | heir.played
-
-
-def simple_commands(command):
-    """The parts of a command that Claude Code checks one by one: here-document and redirections taken off."""
-    command = re.sub(r" <<'END'\n.*", "", command, flags=re.DOTALL)
-    command = re.sub(r" (2>&1|>>? ?\S+)", "", command)
-    return [part.strip() for part in re.split(r"&&|;|\n|(?<!\\)\|", command) if part.strip()]
-
-
-def matches(rule, command):
-    """Claude Code's Bash rules: * stands for anything, and :* at the end for nothing or further words."""
-    words = rule.removesuffix(":*")
-    pattern = ".*".join(map(re.escape, words.split("*"))) + ("( .*)?" if words != rule else "")
-    return re.fullmatch(pattern, command, re.DOTALL) is not None
-
-
-def rules(kind, tool):
-    return [rule[len(tool) + 1:-1] for rule in SETTINGS["permissions"][kind] if rule.startswith(f"{tool}(")]
-
-
-def test_the_settings_allow_every_command_of_the_page():
-    background = page("nohup sh -c").splitlines()[0]  # Claude Code asks about every &; it has a switch of its own
-    for command in [line for block in commands(PROGRAM) for line in ([block] if "<<" in block else block.splitlines())]:
-        for part in simple_commands(command) if command != background else []:
-            assert any(matches(rule, part) for rule in rules("allow", "Bash")), part
-            assert not any(matches(rule, part) for rule in rules("deny", "Bash")), part
-    for target in re.findall(r">>? ?([a-z]+\.[a-z]+)", "\n".join(commands(PROGRAM))):
-        assert f"./{target}" in rules("allow", "Edit"), target  # a redirection needs the right to edit its file
-
-
-def test_every_allowed_command_is_one_of_the_page():
-    parts = [part for block in commands(PROGRAM) for command in ([block] if "<<" in block else block.splitlines())
-             for part in simple_commands(command)] + ["SEED=44 uv run train.py"]
-    for rule in rules("allow", "Bash"):
-        assert any(matches(rule, part) for part in parts), rule
-
-
-@pytest.mark.parametrize("command", [
-    "uv add numpy", "uv pip install numpy", "uv sync", "uv run python", "uv run pytest", "pip install numpy", "rm -rf .", "rm results.tsv",
-    "git push", "git push --force", "git stash", "git clean -fdx", "git checkout main", "git checkout HEAD prepare.py",
-    "git commit -a -m x", "git commit prepare.py -m x", "git add .", "git branch -D main", "git config user.name x", "git rebase main",
-    "sed -i s/a/b/ prepare.py", "tee prepare.py", "sudo ls", "curl localhost", "python3 x.py", "mv prepare.py x", "nvidia-smi",
-    "AUTORESEARCH_HOLDOUT=1 uv run train.py", "env AUTORESEARCH_HOLDOUT=1 uv run train.py", "export AUTORESEARCH_PROFILE=tiny",
-])
-def test_the_settings_allow_nothing_else(command):
-    assert not any(matches(rule, command) for rule in rules("allow", "Bash"))
-
-
-def test_the_settings_let_the_agent_edit_train_py_alone():
-    assert rules("allow", "Edit") == ["./train.py", "./run.log", "./results.tsv"] and not rules("allow", "Write")
-    tracked = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
-    denied = rules("deny", "Edit")
-    for name in tracked or ["prepare.py", "tests/x.py", "pyproject.toml"]:
-        covered = f"./{name}" in denied or any(rule.endswith("/**") and f"./{name}".startswith(rule[:-2]) for rule in denied)
-        assert covered or name in ("train.py", "LICENSE"), name
-    assert not {"Bash", "Edit", "Write", "WebFetch"} & set(SETTINGS["permissions"]["allow"])
-    assert "defaultMode" not in SETTINGS["permissions"]
-
-
-def test_the_settings_raise_the_shells_time_limit_above_the_watchdogs():
-    default, longest = (int(SETTINGS["env"][f"BASH_{which}_TIMEOUT_MS"]) for which in ("DEFAULT", "MAX"))
-    watchdog = int(re.search(r"def start_watchdog\(seconds=(\d+)\)", (REPO / "prepare.py").read_text())[1])
-    assert longest >= default > 1000 * watchdog
-
-
-def test_the_settings_are_committed_and_no_users_file_is():
-    ignored = subprocess.run(["git", "check-ignore", ".claude/settings.json"], cwd=REPO, capture_output=True, text=True)
-    assert ignored.stdout == ""
-    assert not (REPO / "CLAUDE.md").exists() and not (REPO / "AGENTS.md").exists()
+def test_the_page_is_short_and_its_example_is_a_ledger():
+    assert len(PROGRAM.encode()) <= 7000
+    header, *rows = re.search(r"^```\n(commit\t.*?)^```", PROGRAM, re.DOTALL | re.MULTILINE)[1].splitlines()
+    assert header + "\n" == HEADER and len(rows) == 4 and all(map(well_formed, rows))
+    assert "(noise 0.0040; seed 43: 0.999900, seed 44: 0.995900; 953 steps; NVIDIA H100, fa3)" in rows[0]

@@ -1,0 +1,66 @@
+"""Claude Code's settings allow what program.md and docs/many-gpus.md tell an agent to do, and nothing else."""
+
+import json
+import re
+
+import pytest
+
+from conftest import REPO, commands, git
+
+SETTINGS = json.loads((REPO / ".claude/settings.json").read_text())
+
+
+def simple_commands(block):
+    """The parts of a block that Claude Code checks one by one: here-documents and redirections taken off."""
+    block = re.sub(r"<<'END'(.*)\n(?:.*\n)*?END\n?", r"\1\n", block).replace("\\\n", " ")
+    tokens = re.findall(r"""('[^']*'|"[^"]*")|(&&|[;|\n])|2>&1|>>? ?\S+|(.)""", block)
+    parts = "".join("\0" if separator else quoted + other for quoted, separator, other in tokens).split("\0")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def matches(rule, command):
+    """Claude Code's Bash rules: * stands for anything, and :* at the end for nothing or further words."""
+    words = rule.removesuffix(":*")
+    pattern = ".*".join(map(re.escape, words.split("*"))) + ("( .*)?" if words != rule else "")
+    return re.fullmatch(pattern, command, re.DOTALL) is not None
+
+
+def rules(kind, tool):
+    """What stands between the brackets, in `allow` or `deny`."""
+    return [rule[len(tool) + 1:-1] for rule in SETTINGS["permissions"][kind] if rule.startswith(f"{tool}(")]
+
+
+def test_the_settings_allow_every_command_of_the_pages_and_nothing_else():
+    parts = ["SEED=44 uv run train.py"]
+    for path in (REPO / "program.md", REPO / "docs/many-gpus.md"):
+        text = path.read_text() if path.exists() else ""
+        text = re.sub(r"\n## Several agents\n.*?(\nFor the agent|\Z)", "", text, flags=re.DOTALL)  # what the human does there
+        parts += [part for block in commands(text) for part in simple_commands(block)]
+    for part in parts:
+        assert any(matches(rule, part) for rule in rules("allow", "Bash")), part
+        assert not any(matches(rule, part) for rule in rules("deny", "Bash")), part
+    for rule in rules("allow", "Bash"):
+        assert any(matches(rule, part) for part in parts), rule
+
+
+@pytest.mark.parametrize("command", [
+    "uv add numpy", "uv run python", "uv run pytest", "pip install numpy", "rm results.tsv", "mv prepare.py x", "python3 x.py",
+    "git push", "git stash", "git clean -fdx", "git checkout main", "git checkout HEAD prepare.py", "git reset --hard HEAD~1",
+    "git commit -am x", "git commit prepare.py -F -", "git add .", "git branch -D main", "git config user.name x",
+    "sed -i s/a/b/ prepare.py", "tee prepare.py", "curl localhost", "AUTORESEARCH_HOLDOUT=1 uv run train.py",
+])
+def test_the_settings_do_not_allow(command):
+    assert not any(matches(rule, command) for rule in rules("allow", "Bash"))
+
+
+def test_the_settings_let_the_agent_edit_train_py_its_log_and_its_ledger_alone():
+    assert [rule for rule in rules("allow", "Edit") if "slots" not in rule] == ["./train.py", "./run.log", "./results.tsv"]
+    denied = [rule[2:].replace("**", ".*") for rule in rules("deny", "Edit")]
+    tracked = git(REPO, "ls-files").splitlines()
+    assert [name for name in tracked if not any(re.match(rule, name) for rule in denied)] == ["train.py"]
+
+
+def test_the_settings_raise_the_shells_time_limit_above_the_watchdogs():
+    env = SETTINGS["env"]
+    watchdog = int(re.search(r"def start_watchdog\(seconds=(\d+)\)", (REPO / "prepare.py").read_text())[1])
+    assert int(env["BASH_MAX_TIMEOUT_MS"]) >= int(env["BASH_DEFAULT_TIMEOUT_MS"]) > 1000 * watchdog
