@@ -265,7 +265,7 @@ def until(condition):
 def cluster(tmp_path_factory):
     """munged, slurmctld and three slurmd; gives the environment in which Slurm's commands find them."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
-    if not all(shutil.which(tool, path=path) for tool in ("munged", "slurmctld", "slurmd", "sbatch")):
+    if not all(shutil.which(tool, path=path) for tool in ("munged", "slurmctld", "slurmd")):
         pytest.skip("no Slurm: install Debian's slurmctld slurmd slurm-client munge")
     folder = tmp_path_factory.mktemp("slurm")
     (folder / "state").mkdir()
@@ -278,19 +278,18 @@ def cluster(tmp_path_factory):
     (folder / "slurm.conf").write_text(CONFIGURATION.format(port=free_port(), user=user, folder=folder) + nodes)
     (folder / "key").write_bytes(os.urandom(1024))
     (folder / "key").chmod(0o400)
-    files = {"key-file": "key", "socket": "munge", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-    munged = ["munged", "--foreground", "--force", *(f"--{option}={folder / name}" for option, name in files.items())]
+    munged = "munged -Ff -S {0}/munge --key-file={0}/key --pid-file={0}/pid --log-file={0}/log --seed-file={0}/seed"
     env, processes = {"SLURM_CONF": str(folder / "slurm.conf"), "USER": "tester"}, []
     daemon = dict(env=env | {"PATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for command in (munged, ["slurmctld", "-D"], *(["slurmd", "-D", "-N", node] for node in NODES)):
-            processes.append(subprocess.Popen(command, **daemon))
+        for command in (munged.format(folder), "slurmctld -D", *(f"slurmd -D -N {node}" for node in NODES)):
+            processes.append(subprocess.Popen(command.split(), **daemon))
             until((folder / "munge").exists)
         sinfo = ["sinfo", "-h", "-o", "%D %t"]
-        until(lambda: subprocess.run(sinfo, env=env | os.environ, capture_output=True).stdout == b"3 idle\n")
+        until(lambda: subprocess.run(sinfo, env=daemon["env"], capture_output=True).stdout == b"3 idle\n")
         yield env
     finally:
-        for process in reversed(processes):
+        for process in processes:
             process.kill()
             process.wait()
 
@@ -307,7 +306,7 @@ class SlurmAgent(Agent):
 
 
 def test_rounds_on_slurm_use_every_gpu_and_survive_every_failure(cluster, tmp_path):
-    """A node has no data, one goes down, a job is cancelled, one fails by itself, one slot is submitted twice."""
+    """One node has no data, one goes down; a job is cancelled, one fails, one slot is submitted twice."""
     agent = make_stage(tmp_path, SlurmAgent, **cluster)
     agent.set_up()
     assert all(f" /tmp/tester-{slot}\n" in agent.log(slot) for slot in SLOTS)  # the folder of compiled code
@@ -325,7 +324,7 @@ def test_rounds_on_slurm_use_every_gpu_and_survive_every_failure(cluster, tmp_pa
     until(lambda: agent.states()[2] == "CANCELLED")
     (tmp_path / "hold").unlink()
     until(lambda: agent.states() == ["FAILED", "FAILED", "CANCELLED", "FAILED", "COMPLETED"] + ["NODE_FAIL"] * 3)
-    assert all("ran on n1" in agent.log(slot) and "prepare.py" in agent.log(slot).splitlines()[-1] for slot in (0, 1))
+    assert all("prepare.py" in agent.log(slot).splitlines()[-1] for slot in (0, 1))
     agent.start([f"{slot} 42 n1" for slot in (0, 1, 5, 6, 7)])
     assert all("ran on n3" in agent.log(slot) for slot in (0, 1, 4, 5, 6, 7))
     agent.write(2, 0, "crash")
