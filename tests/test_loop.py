@@ -1,7 +1,7 @@
-"""program.md played by a scripted agent: its commands are taken from the page, only the examples in them are replaced.
+"""program.md played by a scripted agent: the commands are the page's, only the examples in them are replaced.
 
-`uv`, `sleep` and `pgrep` are stubs, and train.py is a stub that ends at once with the result written in it; git, the
-shell and the ledger are real. The agent's decisions follow the page, sentence by sentence.
+`uv`, `sleep`, `pgrep` and train.py are stubs that end at once; git, the shell and the ledger are real. The agent's
+decisions follow the page, sentence by sentence.
 """
 
 import ast
@@ -18,18 +18,15 @@ import pytest
 from conftest import HEADER, REPO, commands, environment, git, stub
 
 PROGRAM = (REPO / "program.md").read_text(encoding="utf-8")
-Result = namedtuple("Result", "val_bpb memory_gb steps device attention")
+Result = namedtuple("Result", "val_bpb memory_gb steps where")
 
 
 def page(start):
-    """The command of program.md that is `start`, or the one that begins with it."""
-    found = [command for command in commands(PROGRAM) if command.startswith(start)]
-    assert start in found or len(found) == 1, f"program.md: not one command begins with {start!r} but {found}"
-    return start if start in found else found[0]
+    """The shortest command of program.md that begins with `start`."""
+    return min((command for command in commands(PROGRAM) if command.startswith(start)), key=len)
 
 
-# ---------------------------------------------------------------------------
-# The stage: a repo with the real page and .gitignore, a stub train.py, and stubs of what takes minutes
+# --- the stage: a repo with the real page and .gitignore, and stubs of what takes minutes
 
 TRAIN = """# {text!r}
 from prepare import start_watchdog
@@ -38,12 +35,12 @@ values = {results!r}.split()  # by seed: val_bpb, how the run ends, or both
 how, _, val_bpb = values[(int(os.environ.get("SEED", 42)) - 42) % len(values)].rpartition(":")
 first = not os.path.exists("once.log")
 open("once.log", "w").close()
-start_watchdog(0.3)
+start_watchdog(1.2)
 if val_bpb == "error":
     raise RuntimeError("shape '[1, 2]' is invalid")
 if val_bpb == "killed" or how == "killed" and first:
     os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(60 if val_bpb == "hang" else 0.25 if how == "long" else 0)
+time.sleep(60 if val_bpb == "hang" else 0.6 if how == "long" else 0)
 steps, worse = 953, 0
 if how == "busy" and first:
     steps, worse = 800, 0.02
@@ -66,8 +63,8 @@ def make_stage(parent):
         path.mkdir(parents=True)
     stub(bin / "uv", f'shift; exec "{sys.executable}" "$@"')
     stub(bin / "sleep", "exec /bin/sleep 0.05")
-    of_this_folder = '[ "$(readlink /proc/$pid/cwd)" = "$PWD" ] && echo $pid'
-    stub(bin / "pgrep", f'for pid in $({shutil.which("pgrep")} "$@"); do {of_this_folder}; done; true')
+    here = '[ "$(readlink /proc/$pid/cwd)" = "$PWD" ] && echo $pid'
+    stub(bin / "pgrep", f'for pid in $({shutil.which("pgrep")} "$@"); do {here}; done; true')
     for name in ("program.md", ".gitignore"):
         shutil.copy(REPO / name, origin / name)
     (origin / "analysis.ipynb").write_text("not executed")
@@ -85,20 +82,19 @@ def make_stage(parent):
 
 
 def copy_stage(folder, parent):
-    """The same stage elsewhere; git keeps no absolute path but the remote's."""
+    """The same stage elsewhere."""
     shutil.copytree(folder.parent, parent)
     return parent / folder.name
 
 
-# ---------------------------------------------------------------------------
-# The agent
+# --- the agent
 
 
 class Agent:
-    """Does what program.md says, one command after the other; before each, copies the stage to `deaths`/<number>."""
+    """Does what program.md says, command by command; before each, copies the stage to `deaths`/<number>."""
 
-    def __init__(self, folder, today="nov21", said=None, deaths=None):
-        self.folder, self.today, self.said, self.deaths = folder, today, said, deaths
+    def __init__(self, folder, today="nov21", deaths=None):
+        self.folder, self.today, self.deaths = folder, today, deaths
         self.tag, self.steps, self.played, self.log = "nov21", 0, set(), []
 
     def step(self):
@@ -107,7 +103,7 @@ class Agent:
         self.steps += 1
 
     def do(self, start, *, check=True, **examples):
-        """Give the command of the page that begins with `start`, each (example, value) replaced; what it prints."""
+        """Give the page's command that begins with `start`, each (example, value) replaced; what it prints."""
         self.step()
         command = page(start)
         self.played.add(command)
@@ -126,7 +122,7 @@ class Agent:
     def start(self):
         branches = self.do("git branch --list")
         here = re.search(r"^\* (?:autoresearch|side|control)/(.+)$", branches, re.MULTILINE)
-        self.tag = self.said or (here[1] if here else self.today)
+        self.tag = here[1] if here else self.today
         if re.search(rf"^[*+ ] autoresearch/{self.tag}$", branches, re.MULTILINE):
             return self.resume()
         if self.rows():
@@ -141,7 +137,7 @@ class Agent:
         first, *others = [self.run(seed) for seed in (None, 43, 44)]
         values = [result.val_bpb for result in (first, *others)]
         self.write_row(first, "keep", f"baseline (noise {max(values) - min(values):.4f}; seed 43: {values[1]:.6f}, "
-                       f"seed 44: {values[2]:.6f}; {first.steps} steps; {first.device}, {first.attention})")
+                       f"seed 44: {values[2]:.6f}; {first.steps} steps; {first.where})")
 
     # One run
 
@@ -149,12 +145,12 @@ class Agent:
         """A Result, or None for a crash."""
         for _ in range(2):
             if seed:
-                self.do("SEED=43 uv run", check=False, seed=("43", str(seed)))
+                self.do("SEED=43", check=False, seed=("43", str(seed)))
             else:
                 self.do("uv run train.py", check=False)
             printed = re.findall(r"^\w+: +(.+)$", self.do("grep ", check=False), re.MULTILINE)
             if printed:
-                return Result(float(printed[0]), float(printed[1]) / 1024, int(printed[2]), *printed[3:])
+                return Result(float(printed[0]), float(printed[1]) / 1024, int(printed[2]), ", ".join(printed[3:]))
             if re.search("Error|Timeout|FAIL", self.do("tail -n 50 run.log")):
                 return None
         return None
@@ -168,7 +164,7 @@ class Agent:
     # The ledger
 
     def write_row(self, result, status, text):
-        """`text` stands for all that follows the status, %s in it for the first line of the commit."""
+        """`text` is all that follows the status; %s in it is the first line of the commit."""
         self.do("git log -1 --abbrev=7", val=("0.993200", f"{result.val_bpb:.6f}"),
                 memory=("44.2", f"{result.memory_gb:.1f}"), status=("keep", status), text=("%s (961 steps)", text))
 
@@ -177,7 +173,7 @@ class Agent:
         return [line.split("\t") for line in ledger.read_text().splitlines()[1:]] if ledger.exists() else []
 
     def remember(self):
-        """The noise, the best row (the lowest that was kept), and the last kept one, where the branch stands."""
+        """The noise, the best row, and the last kept one, where the branch stands."""
         kept = [line.split("\t") for line in self.do("awk ").splitlines()]
         self.last_rows = self.do("tail -n 20 results.tsv")
         if len(self.rows()) % 30 == 0:
@@ -192,7 +188,7 @@ class Agent:
         self.do("git reset --keep", last=("a1b2c3d", self.last[0]))
 
     def experiment(self, text, results, **how):
-        """Steps 1 to 4; True if it was kept."""
+        """Steps 1 to 4; whether it was kept."""
         self.remember()
         self.step()
         write_train(self.folder, results, text)
@@ -203,7 +199,7 @@ class Agent:
         self.do("git commit train.py", text=("matrix LR 0.04 -> 0.05", text))
 
     def bar(self, result):
-        """The val_bpb to compare `result` with, or None: no row and no control has about as many steps."""
+        """The val_bpb to compare `result` with; None if no row and no control has about as many steps."""
         known = [(self.best[1], re.search(r"(\d+) steps", self.best[4])[1]),
                  (self.last[1], re.search(r"(\d+) steps", self.last[4])[1]),
                  *re.findall(r"control (\S+), (\d+) steps", self.since(self.last))]
@@ -215,21 +211,19 @@ class Agent:
         return self.last_rows[self.last_rows.find("\n" + row[0]):]
 
     def measure(self, simpler=False, mended=None, side=False, always=False):
-        """Steps 3 and 4 for the commit that is there; True if it was kept."""
+        """Steps 3 and 4 for the commit that is there; whether it was kept."""
         self.remember()
         result = self.run()
-        if not result and mended:
+        if mended:
             self.step()
             write_train(self.folder, mended)
             self.do("git commit --amend")
             result = self.run()
         if result and not self.bar(result):
             result = self.run()
-        if result:
-            keep = self.judge(result, simpler, side, always)
-        else:
-            keep = False
-            self.write_row(Result(0, 0, 0, "", ""), "crash", "%s (out of memory)")
+        keep = result and self.judge(result, simpler, side, always)
+        if not result:
+            self.write_row(Result(0, 0, 0, ""), "crash", "%s (out of memory)")
         if not keep and not side:
             self.undo()
         return keep
@@ -247,7 +241,7 @@ class Agent:
         return keep
 
     def another_seed(self, result):
-        """(Whether the mean of two seeds is lower than the best's by more than half the noise, both in words)."""
+        """(Whether the mean of two seeds is lower than the best's by half the noise, both in words)."""
         other = self.run(43).val_bpb
         known = re.search(r"\A\n.*seed 43: (\S+?)[,;)]|the best (\S+?)[,;)]", self.since(self.best))
         best_other = float(known[1] or known[2]) if known else self.control(self.best[0], 43).val_bpb
@@ -264,13 +258,12 @@ class Agent:
         self.do("git checkout autoresearch/nov21")
 
     def borrow(self, commit):
-        """True if another's idea was kept, None in a conflict."""
+        """Whether another's idea was kept; None in a conflict."""
         self.remember()
         self.do("git cherry-pick a1b2c3d", check=False, commit=("a1b2c3d", commit))
-        if self.log[-1][1]:
-            self.do("git cherry-pick --abort")
-            return None
-        return self.measure()
+        if not self.log[-1][1]:
+            return self.measure()
+        self.do("git cherry-pick --abort")
 
     # Resuming
 
@@ -311,11 +304,11 @@ NIGHT = {
     "tie with luck": ("0.9860 0.9920", False),  # means 0.9890 and 0.9880
     "tie that holds": ("0.9865 0.9835", True),  # means 0.9850 and 0.9880
     "simpler": ("0.9884", True, {"simpler": True}),  # 0.0019 above the best
-    "simpler again": ("0.9886", False, {"simpler": True}),  # next to the last, but 0.0021 above the best
+    "simpler again": ("0.9886", False, {"simpler": True}),  # 0.0021 above the best
     "model twice as wide": ("error", False),
     "a slip": ("error", True, {"mended": "0.9820"}),
     "hangs": ("hang", False),
-    "killed each time": ("killed", False),
+    "killed, twice": ("killed", False),
     "' || git push & > train.py < /dev/null * ?": ("0.9770", True),
     "exactly as good": ("0.9770", False),
     "worse": ("0.9771", False),
@@ -329,12 +322,13 @@ NIGHT = {
     "side, given up": ("0.9580", False),  # within the noise
     "after the side branch": ("0.9550", True),
     "killed, once": ("killed:0.9800", False),
-    "drift, no gain": ("0.9550", False, {"drift": True}),  # 0.9650 as its control, where the best has 0.9550
-    "drift, a gain": ("0.9500", True, {"drift": True}),  # 0.9600, against the control of the row before
+    "drift, no gain": ("0.9550", False, {"drift": True}),  # 0.9650, as its control
+    "drift, a gain": ("0.9500", True, {"drift": True}),  # 0.9600, and the control of the row before
     "drift, no second gain": ("0.9500", False, {"drift": True}),  # 0.9600 as the last kept row
     "the last win": ("0.9450", True),
     "the very last": ("0.9490", False),
 }
+BASELINE = "baseline (noise 0.0040; seed 43: 0.999900, seed 44: 0.995900; 953 steps; NVIDIA H100, fa3)"
 OTHER_RUN = HEADER + "0123456\t0.900000\t1.0\tkeep\tanother run's best\n"
 
 
@@ -368,7 +362,7 @@ def begun(stage, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def night(stage, tmp_path_factory):
-    """The baseline and the 30 experiments above, in a folder where the human and another run had left things."""
+    """The baseline and 30 experiments, where the human and another run had left things."""
     agent = Agent(copy_stage(stage, tmp_path_factory.mktemp("night") / "here"))
     (agent.folder / "results.tsv").write_text(OTHER_RUN)
     for name in ("program.md", "analysis.ipynb", "notes.txt"):
@@ -389,14 +383,14 @@ def night(stage, tmp_path_factory):
     return agent
 
 
-def test_a_night_of_30_experiments_ends_with_exactly_the_wins_on_the_branch_each_with_its_reason(night):
+def test_a_night_ends_with_exactly_the_wins_on_the_branch_each_with_its_reason(night):
     wins = [idea for idea, (_, kept, *_) in NIGHT.items() if kept]
     assert subjects(night.folder) == ["what the human left", *wins]
     assert git(night.folder, "branch", "--show-current") == "autoresearch/nov21"
     assert git(night.folder, "log", "--format=%b", "main..HEAD").count("I expect") == len(wins)
 
 
-def test_a_night_of_30_experiments_leaves_31_well_formed_rows(night):
+def test_a_night_of_30_experiments_leaves_31_good_rows(night):
     header, *rows = (night.folder / "results.tsv").read_text().splitlines()
     assert header + "\n" == HEADER and len(rows) == 31 and all(map(well_formed, rows))
     statuses = {"baseline": "keep"}
@@ -405,8 +399,7 @@ def test_a_night_of_30_experiments_leaves_31_well_formed_rows(night):
         statuses[idea.replace("\t", " ")] = "keep" if kept else "crash" if crashes else "discard"
     statuses["side, first half"] = "discard"
     assert {idea: status for idea, (_, status, _) in ledger(night).items()} == statuses
-    for commit, val_bpb, memory_gb, status, description in night.rows():
-        assert git(night.folder, "cat-file", "-t", commit) == "commit"
+    for _, val_bpb, memory_gb, status, description in night.rows():
         if status == "crash":
             assert (val_bpb, memory_gb) == ("0.000000", "0.0")
         else:
@@ -414,36 +407,30 @@ def test_a_night_of_30_experiments_leaves_31_well_formed_rows(night):
     assert not (night.folder / "pwned").exists()
 
 
-def test_what_was_measured_besides_stands_in_the_row_and_is_not_measured_again(night):
-    """Other seeds, and a control when the whole machine has become slower; a busy moment is one more run."""
+def test_what_else_was_measured_stands_in_the_row_and_is_not_measured_again(night):
+    """Other seeds, and a control if the machine drifts; a busy moment is one more run."""
     remarks = {idea: remark for idea, (_, _, remark) in ledger(night).items()}
-    assert remarks["baseline"] == "noise 0.0040; seed 43: 0.999900, seed 44: 0.995900; 953 steps; NVIDIA H100, fa3"
+    assert night.rows()[0][4] == BASELINE
     assert remarks["tie with luck"] == "953 steps; seed 43: 0.992000, the best 0.988000"
     assert remarks["tie that holds"] == "953 steps; seed 43: 0.983500, the best 0.988000"
     assert remarks["a busy machine, once"] == "953 steps"
     assert remarks["drift, no gain"] == "838 steps; control 0.965000, 838 steps"
     assert remarks["drift, a gain"] == remarks["drift, no second gain"] == "838 steps"
     ran = [command for command, *_ in night.log]
-    assert sum(command.startswith("SEED=43") for command in ran) == 4  # the baseline, the two ties, the best
+    assert sum(command.startswith("SEED=43") for command in ran) == 4
     assert sum(command.startswith("git checkout -B control") for command in ran) == 2
 
 
 def test_nothing_that_the_human_left_or_edits_in_the_night_is_lost(night):
     assert (night.folder / "results-nov20.tsv").read_text() == OTHER_RUN
+    assert git(night.folder, "check-ignore", "results.tsv")  # no reset, stash or clean -fd loses a row
     assert git(night.folder, "diff", "--name-only", "main").split() == ["analysis.ipynb", "program.md", "train.py"]
     assert git(night.folder, "show", "HEAD:program.md") == "by the human"
     assert (night.folder / "program.md").read_text() == "edited in the night"
     assert git(night.folder, "status", "--short").split() == ["M", "program.md", "??", "notes.txt"]
 
 
-def test_no_git_command_that_undoes_loses_a_row(begun, tmp_path):
-    folder = copy_stage(begun, tmp_path / "copy")
-    for command in ("reset --hard HEAD~1", "stash -u", "checkout -f main", "clean -fd"):
-        git(folder, *command.split())
-    assert (folder / "results.tsv").read_bytes() == (begun / "results.tsv").read_bytes()
-
-
-# --- resuming: whatever step the agent dies at, another one comes to the same end
+# --- resuming
 
 SCENARIOS = {
     "set-up": (lambda agent: agent.start(), []),
@@ -454,8 +441,8 @@ SCENARIOS = {
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_an_agent_that_dies_at_any_step_is_continued_by_the_next(stage, begun, tmp_path, name):
-    """Another day, without a tag: no row is lost or doubled, what was not kept goes, at most one idea is run again."""
+def test_an_agent_that_dies_at_any_step_is_continued(stage, begun, tmp_path, name):
+    """Another day, without a tag: no row is lost or doubled, what was not kept goes."""
     play, wins = SCENARIOS[name]
     whole = Agent(copy_stage(stage if name == "set-up" else begun, tmp_path / "whole"), deaths=tmp_path)
     if name == "set-up":
@@ -469,12 +456,12 @@ def test_an_agent_that_dies_at_any_step_is_continued_by_the_next(stage, begun, t
         heir = Agent(tmp_path / str(k) / whole.folder.name, today="nov21" if name == "set-up" else "nov22")
         heir.start()  # where the first died before step k
         if "idea" not in ledger(heir) and name != "set-up":
-            play(heir)  # an idea that left no trace is lost with its agent: the next has it again
+            play(heir)  # an idea that left no trace is had again
         commits = [row[0] for row in heir.rows()]
         assert len(commits) == len(set(commits)), k
         assert git(heir.folder, "branch", "--show-current") == "autoresearch/nov21", k
         assert git(heir.folder, "status", "--short") == "", k
-        if "crash" in ledger(heir).get("idea", ()):  # the heir did not know that it was a slip
+        if "crash" in ledger(heir).get("idea", ()):  # the heir knew of no slip
             assert name == "mended" and subjects(heir.folder) == before, k
         else:
             assert ledger(heir) == ledger(whole) and subjects(heir.folder) == before + wins, k
@@ -489,19 +476,20 @@ def test_a_run_that_outlives_its_agent_is_waited_for_and_an_editor_is_not(begun,
     agent = Agent(copy_stage(begun, tmp_path / "copy"))
     write_train(agent.folder, "long:0.9800", "idea")
     agent.commit("idea")
-    editor = subprocess.Popen(["bash", "-c", "exec -a 'vim train.py' /bin/sleep 30"], cwd=agent.folder)
+    editor = subprocess.Popen(["bash", "-c", "exec -a 'vim train.py' sleep 30"], cwd=agent.folder)
     subprocess.Popen(["bash", "-c", page("uv run train.py")], cwd=agent.folder, env=environment(agent.folder))
-    time.sleep(0.1)  # it runs
+    while not (agent.folder / "once.log").exists():  # it begins
+        time.sleep(0.01)
     agent.start()
     editor.kill()
     editor.wait()
-    waits = [printed for command, _, printed in agent.log if command.startswith("sleep 60")]
+    waits = [printed for command, _, printed in agent.log if command.startswith("sleep")]
     assert len(waits) > 1 and waits[0] and not waits[-1]
     assert ledger(agent)["idea"][:2] == ("0.980000", "keep")
 
 
 def test_what_the_human_did_between_two_agents_stays(begun, tmp_path):
-    """A commit of theirs on the branch is kept, an edit of train.py is measured, another in the way is committed."""
+    """Their commit on the branch is kept, their edit of train.py measured, another edit in the way committed."""
     agent = Agent(copy_stage(begun, tmp_path / "copy"))
     (agent.folder / "program.md").write_text("a new direction")
     git(agent.folder, "commit", "-qam", "new direction")
@@ -521,14 +509,14 @@ def test_what_the_human_did_between_two_agents_stays(begun, tmp_path):
 
 @pytest.fixture(scope="module")
 def pair(begun, tmp_path_factory):
-    """Two agents in two worktrees, each with a win of its own; one measured the other's, one found a conflict."""
+    """In two worktrees: one measures the other's win, one finds a conflict in it."""
     first = Agent(copy_stage(begun, tmp_path_factory.mktemp("pair") / "here"))
     folder = first.folder.parent / "autoresearch-nov21-gpu1"
     git(first.folder, "worktree", "add", "-q", "-b", "autoresearch/nov21-gpu1", str(folder), "main")
-    second = Agent(folder, said="nov21-gpu1")
+    second = Agent(folder)
     first.start()
     second.start()
-    assert second.borrow(first.rows()[-1][0]) is True
+    assert second.borrow(first.rows()[-1][0])
     second.experiment("second's win", "0.9800")
     first.experiment("first's win", "0.9840")
     assert first.borrow(second.rows()[-1][0]) is None  # both changed the same line
@@ -539,7 +527,6 @@ def test_two_agents_in_two_worktrees_mix_neither_ledgers_nor_branches(pair):
     for agent, win in zip(pair, ("first's win", "second's win")):
         assert list(ledger(agent)) == ["baseline", "win", win]
         assert subjects(agent.folder) == ["win", win]
-        assert git(agent.folder, "status", "--short") == ""
     first, second = (agent.rows()[1] for agent in pair)
     assert first[0] != second[0] and first[1:] == second[1:]  # measured again, as a commit of its own
 
@@ -557,6 +544,6 @@ def test_every_command_of_the_page_is_played(begun, night, pair):
 
 def test_the_page_is_short_and_its_example_is_a_ledger():
     assert len(PROGRAM.encode()) <= 7000
-    header, *rows = re.search(r"^```\n(commit\t.*?)^```", PROGRAM, re.DOTALL | re.MULTILINE)[1].splitlines()
-    assert header + "\n" == HEADER and len(rows) == 4 and all(map(well_formed, rows))
-    assert "(noise 0.0040; seed 43: 0.999900, seed 44: 0.995900; 953 steps; NVIDIA H100, fa3)" in rows[0]
+    rows = PROGRAM.split(f"```\n{HEADER}")[1].split("```")[0].splitlines()
+    assert len(rows) == 4 and all(map(well_formed, rows))
+    assert rows[0].endswith(BASELINE)
