@@ -289,6 +289,8 @@ def cluster(tmp_path_factory):
         until(lambda: subprocess.run(sinfo, env=daemon["env"], capture_output=True).stdout == b"3 idle\n")
         yield env
     finally:
+        subprocess.run("scancel --me", shell=True, env=daemon["env"])
+        until(lambda: not subprocess.run("squeue -h --me", shell=True, env=daemon["env"], capture_output=True).stdout)
         for process in processes:
             process.kill()
             process.wait()
