@@ -78,7 +78,7 @@ def test_the_table_of_the_baseline_has_the_constants_of_the_recipe_and_of_train(
 def test_the_top_level_has_nothing_else():
     top = {name.split("/")[0] for name in tracked()}
     assert top <= {"prepare.py", "train.py", "program.md", "analysis.ipynb", "pyproject.toml", "README.md", "tests", ".ci",
-                   "LICENSE", ".gitignore", ".claude"}
+                   "LICENSE", ".gitignore", ".claude", "docs"}
 
 
 def test_help_of_prepare_names_its_options():

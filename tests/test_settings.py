@@ -12,8 +12,8 @@ SETTINGS = json.loads((REPO / ".claude/settings.json").read_text())
 
 def simple_commands(block):
     """The parts of a block that Claude Code checks one by one: here-documents and redirections taken off."""
-    block = re.sub(r"<<'END'(.*)\n(?:.*\n)*?END\n?", r"\1\n", block).replace("\\\n", " ")
-    tokens = re.findall(r"""('[^']*'|"[^"]*")|(&&|[;|\n])|2>&1|>>? ?\S+|(.)""", block)
+    block = re.sub(r"<<'END'(.*)\n(?:.*\n)*?END\n?", r"\1\n", block)
+    tokens = re.findall(r"""('[^']*'|"[^"]*")|\\\n|(&&|[;|\n])|2>&1|>>? ?\S+|(.)""", block)
     parts = "".join("\0" if separator else quoted + other for quoted, separator, other in tokens).split("\0")
     return [part.strip() for part in parts if part.strip()]
 
