@@ -62,10 +62,9 @@ def nvidia_driver(root=Path("/")):
 
 
 def refuse_gpu(problem, wheel):
-    raise SystemExit(
-        f"torch {torch.__version__} cannot use this NVIDIA GPU: {problem}. Update the driver (in a container, pass the "
-        "GPU on), or install torch for an older CUDA: uv pip install --no-config torch==2.11.0 --index-url "
-        f"https://download.pytorch.org/whl/{wheel} && export UV_NO_SYNC=1, or use the CPU: AUTORESEARCH_PROFILE=tiny")
+    command = f"uv pip install --no-config torch==2.11.0+{wheel} --index-url https://download.pytorch.org/whl/{wheel}"
+    raise SystemExit(f"torch {torch.__version__} cannot use this NVIDIA GPU: {problem} install torch for older CUDA: "
+                     f"{command} && export UV_NO_SYNC=1, or use the CPU: export AUTORESEARCH_PROFILE=tiny")
 
 
 def choose_profile():
@@ -82,7 +81,7 @@ def choose_profile():
         archs = " ".join(torch.cuda.get_arch_list())
         minors = [int(minor) for minor in re.findall(rf"sm_{gpu.major}(\d)\b", archs)]
         if "sm_" in archs and min(minors, default=9) > gpu.minor:
-            refuse_gpu(f"{gpu.name} is sm_{gpu.major}{gpu.minor}, built for {archs}", "cu126")
+            refuse_gpu(f"{gpu.name} is sm_{gpu.major}{gpu.minor}, built for {archs};", "cu126")
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         gigabytes, multiprocessors = round(gpu.total_memory / 1e9), gpu.multi_processor_count
         full = bf16 and gigabytes >= FULL_GB and multiprocessors >= FULL_MULTIPROCESSORS
@@ -95,8 +94,9 @@ def choose_profile():
         return "tiny", "no GPU"
     cuda = torch.version.cuda or "none"
     needed = 580 if cuda.startswith("13") else 525
-    words = str(heard[0].message).split(". ")[0][:160] if heard else "no driver answers"
-    refuse_gpu(f"built for CUDA {cuda} and driver {needed} or newer, found {driver or 'none'} ({words})", "cu128")
+    words = str(heard[0].message).split(". ")[0] if heard else "no driver answers"
+    refuse_gpu(f"built for CUDA {cuda} and driver {needed} or newer, found {driver or 'none'} ({words}); update the "
+               "driver (in a container, pass the GPU on), or", "cu128")
 
 
 PROFILE, PROFILE_REASON = choose_profile()
@@ -108,10 +108,10 @@ if DATASET not in DATASETS:  # the absolute path of a folder
         raise SystemExit(f"AUTORESEARCH_DATASET={DATASET} is neither one of {', '.join(DATASETS)} nor a folder")
 
 # ---------------------------------------------------------------------------
-# Text: the four kinds of dataset, as streams of (split, document)
+# Text: every kind of dataset is a stream of (split, document)
 
 HUB_REPOS = {"climbmix": "karpathy/climbmix-400b-shuffle", "tinystories": "karpathy/tinystories-gpt4-clean"}
-CLIMBMIX_VAL, CLIMBMIX_HOLDOUT = 6542, 6541  # the last two shards; all before them are for training
+CLIMBMIX_VAL, CLIMBMIX_HOLDOUT = 6542, 6541  # the last two shards; those before are for training
 DEFAULT_SHARDS = 10
 DISK_GB = {"climbmix": 0.226, "tinystories": 3.0, "python": 0.1}  # text and tokens; climbmix: a shard
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".txt", ".md", ".py", ".rst")
@@ -237,7 +237,7 @@ def progress_bar(what):
 # Download
 
 DOWNLOAD_WAITS = (1, 2, 4, 8, 16)  # seconds between the attempts at one file
-DOWNLOAD_TIMEOUT = 10  # seconds without a byte, and the longest that Ctrl-C takes
+DOWNLOAD_TIMEOUT = 10  # seconds without a byte; Ctrl-C may take as long
 MAX_RETRY_AFTER = 300  # seconds
 CHUNK_BYTES = 2**16  # the most that a cut connection loses
 
@@ -702,8 +702,7 @@ def prepare(num_shards, download_workers):
             missing = gigabytes - sum(path.stat().st_size for path in raw_dir().glob("*")) / 1e9
             free = shutil.disk_usage(CACHE).free / 1e9
             if free < missing:
-                raise SystemExit(f"{missing:.1f} GB more are needed, {CACHE} has {free:.1f}: free some or set "
-                                 "AUTORESEARCH_CACHE")
+                raise SystemExit(f"{missing:.1f} GB more are needed, {CACHE} has {free:.1f}: set AUTORESEARCH_CACHE")
             if DATASET in HUB_REPOS:
                 fetch_all(hub_files(num_shards), download_workers)
             build(num_shards)
