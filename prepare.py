@@ -84,9 +84,9 @@ def choose_profile():
             refuse_gpu(f"{gpu.name} is sm_{gpu.major}{gpu.minor}, built for {archs};", "cu126")
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         gigabytes, multiprocessors = round(gpu.total_memory / 1e9), gpu.multi_processor_count
+        reason = f"{gpu.name}: {gigabytes} GB, {multiprocessors} multiprocessors, {'bf16' if bf16 else 'no bf16'}"
         full = bf16 and gigabytes >= FULL_GB and multiprocessors >= FULL_MULTIPROCESSORS
-        return "full" if full else "small", (f"{gpu.name} has {gigabytes} GB, {multiprocessors} multiprocessors and "
-                                             f"{'bf16' if bf16 else 'no bf16'}")
+        return "full" if full else "small", reason
     if torch.backends.mps.is_available():
         return "small", "Apple GPU"
     driver = nvidia_driver()
@@ -212,7 +212,8 @@ def documents(num_shards):
     """Yield (split, text) of the whole dataset."""
     if DATASET == "climbmix":
         for name, split in itertools.zip_longest(hub_files(num_shards), SPLITS[:2], fillvalue="train"):
-            yield from ((split, text) for text in read_parquet(raw_dir() / name))
+            for text in read_parquet(raw_dir() / name):
+                yield split, text
     elif DATASET == "tinystories":
         for row, text in enumerate(read_parquet(raw_dir() / hub_files(1)[0])):
             yield "holdout" if row < 10_000 else "val" if row < 20_000 else "train", text
@@ -712,7 +713,7 @@ def prepare(num_shards, download_workers):
 def main():
     parser = argparse.ArgumentParser(description="Prepare the data of all experiments.")
     parser.add_argument("--num-shards", type=int, help=f"of climbmix, -1 for all (default {DEFAULT_SHARDS})")
-    parser.add_argument("--download-workers", type=int, default=8, help="(default 8)")
+    parser.add_argument("--download-workers", type=int, default=8)
     args = parser.parse_args()
     try:
         prepare(args.num_shards, args.download_workers)

@@ -47,7 +47,7 @@ BIGRAM_ROWS = by_profile(full=0, small=0, tiny=2**16)  # hashed embeddings of to
 
 # Batch
 TOTAL_BATCH_SIZE = by_profile(full=2**17, small=2**14, tiny=2**12)  # tokens per optimizer step
-DEVICE_BATCH_SIZE = by_profile(full=32, small=16, tiny=16)  # rows per forward pass, fewer on a GPU that cannot hold them
+DEVICE_BATCH_SIZE = by_profile(full=32, small=16, tiny=16)  # rows per forward pass, fewer on a GPU with little memory
 LOSS_CHUNK = by_profile(full=2**13, small=2**13, tiny=2**10)  # tokens whose logits exist at the same time
 EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation; no effect on its result
 
