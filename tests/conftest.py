@@ -65,6 +65,11 @@ def git(folder, *args):
     return done.stdout.strip()
 
 
+def run_python(*args, **env):
+    """Run Python in the repo as a user would."""
+    return subprocess.run([sys.executable, *args], cwd=REPO, env=os.environ | env, capture_output=True, text=True)
+
+
 def stub(path, text):
     """A shell script in the place of a program."""
     path.write_text(f"#!/bin/sh\n{text}\n")

@@ -6,8 +6,6 @@ import itertools
 import json
 import os
 import runpy
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import HEADER, REPO
+from conftest import HEADER, REPO, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,7 +86,7 @@ def test_importing_both_files_has_no_side_effects():
         assert not torch.cuda.is_initialized()
         assert set(os.listdir(".")) - before <= {"__pycache__"}
     """
-    done = run("-c", code)
+    done = run_python("-c", code)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -101,7 +99,7 @@ def test_an_unknown_setting_is_one_line_that_lists_the_valid_ones(monkeypatch, n
 
 
 def test_training_without_data_is_one_line_with_the_remedy(tmp_path):
-    done = run("train.py", AUTORESEARCH_CACHE=str(tmp_path / "nothing"))
+    done = run_python("train.py", AUTORESEARCH_CACHE=str(tmp_path / "nothing"))
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "run: uv run prepare.py" in done.stderr
 
@@ -233,7 +231,7 @@ def test_a_dataset_that_changes_during_a_run_changes_the_next_run_only(filled, m
 
 @pytest.mark.parametrize("dataset, sizes", [  # of val, holdout and train
     ("climbmix", [400, 200, 1400]), ("tinystories", [10_000, 10_000, 100]),
-    ("python", [9, 10, 381]), ("folder", [18, 20, 762])])
+    ("python", [9, 7, 384]), ("folder", [18, 14, 768])])
 def test_the_splits_of_every_kind_of_dataset_share_no_text(filled, monkeypatch, dataset, sizes):
     """The same text is in several files and rows on purpose, of which python keeps one."""
     write_jsonl(filled / "again.jsonl", stories(400))
@@ -337,7 +335,7 @@ def test_after_a_full_disk_and_a_sigkill_the_next_run_completes_the_same_dataset
         prepare.tqdm.update = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         prepare.prepare(None, 1)
     """
-    assert run("-c", code, AUTORESEARCH_CACHE=str(prepare.CACHE), AUTORESEARCH_DATASET=str(filled)).returncode == -9
+    assert run_python("-c", code, AUTORESEARCH_CACHE=str(prepare.CACHE), AUTORESEARCH_DATASET=str(filled)).returncode == -9
     (part,) = prepare.data_dir().parent.iterdir()
     assert part.suffix == ".part" and (part / "train.tokens").exists()
     prepare.prepare(None, 1)
