@@ -87,8 +87,8 @@ def test_special_tokens_are_in_neither_sum_and_a_small_split_is_scored_once(toke
     monkeypatch.setattr(prepare, "EVAL_TOKENS", 10**9)
     table = np.zeros((prepare.VOCAB_SIZE,) * 2)
     table[:, -4:] = -1e4
-    rows = len(prepare.token_files(prepare.data_dir())["val"][0]) // T
-    _, targets, epoch = next(prepare.make_dataloader(tokenizer, rows, T, "val"))
+    tokens, _ = prepare.token_files(prepare.data_dir())["val"]
+    _, targets, epoch = next(prepare.make_dataloader(tokenizer, len(tokens) // T, T, "val"))
     sizes = tokenizer.token_bytes()[targets.numpy()]
     want = math.log2(prepare.VOCAB_SIZE - 4) * (sizes > 0).sum() / sizes.sum()
     assert (sizes == 0).any() and epoch == 1
@@ -120,7 +120,6 @@ def test_a_model_that_edits_its_input_edits_neither_the_targets_nor_the_probe(to
 
 
 def see_one_ahead(q, k, v, window):
-    """Attention with a window that is open to the right by one."""
     k, v = train.repeat_kv(k, q.size(2)), train.repeat_kv(v, q.size(2))
     position = torch.arange(q.size(1))
     distance = position[:, None] - position
@@ -179,16 +178,7 @@ def recogniser():
 def memory():
     """Carries the end of the batch before over to the next one."""
     last = [0]
-
-    def carry(logits, inputs):
-        last.append(logits[-1, -1])
-        return logits + 0.01 * last[-2]
-
-    return Table(carry)
-
-
-def statistics(logits, inputs):
-    return F.batch_norm(logits.flatten(0, 1), None, None, training=True).view_as(logits)
+    return Table(lambda logits, inputs: last.append(logits[-1, -1]) or logits + 0.01 * last[-2])
 
 
 AHEAD = r"not causal: tokens after position \d+ were replaced, and the logits at position \d+ of row \d+ moved by"
@@ -213,7 +203,7 @@ TABLES = {  # wrong tables: (how to make one, message)
     "copies the next token": (lambda: Table(copying), AHEAD),
     "feels only the last token, only at the first": (lambda: Table(feeling), AHEAD),
     "copies the next token into a buffer that is used again": (buffered, AHEAD),
-    "statistics of the batch": (lambda: Table(statistics), MIXED),
+    "statistics of the batch": (lambda: Table(lambda x, ids: F.batch_norm(x.mT, None, None, training=True).mT), MIXED),
     "state carried between calls": (memory, MIXED),
     "recognises rows": (recogniser, MIXED),
     "one logit too few": (lambda: Table(lambda x, ids: x[..., :-1]), SHAPE),
@@ -241,19 +231,15 @@ def test_a_wrong_model_is_refused_with_the_reason(tokenizer, fault, batch_size):
         prepare.evaluate_bpb(make(), tokenizer, batch_size)
 
 
-def test_a_model_that_looks_ahead_is_refused_one_row_at_a_time_too(tokenizer):
-    with pytest.raises(prepare.YardstickError, match=AHEAD):
-        prepare.evaluate_bpb(Table(copying), tokenizer, 1)
-
-
-@pytest.mark.parametrize("late, message", [  # the calls are: first batch, its probe, second, third, last, its probe
-    (lambda logits, call: logits + (math.inf if call == 3 else 0), INFINITE),
-    (lambda logits, call: logits + 0.01 * logits.roll(-1, 1) * (call > 3), AHEAD),
-], ids=["infinite between the probes", "looks ahead after the first probe"])
-def test_a_fault_that_comes_late_gives_no_number(tokenizer, late, message):
+@pytest.mark.parametrize("B, fault, message", [  # calls for 8 rows: first, its probe, second, third, last, its probe
+    (8, lambda logits, call: logits + (math.inf if call == 3 else 0), INFINITE),
+    (8, lambda logits, call: logits + 0.01 * logits.roll(-1, 1) * (call > 3), AHEAD),
+    (1, lambda logits, call: logits.roll(-1, 1), AHEAD),
+], ids=["infinite between the probes", "looks ahead in the last batch", "looks ahead, a row at a time"])
+def test_a_fault_in_few_calls_gives_no_number(tokenizer, B, fault, message):
     calls = itertools.count(1)
     with pytest.raises(prepare.YardstickError, match=message):
-        prepare.evaluate_bpb(Table(lambda logits, inputs: late(logits, next(calls))), tokenizer, 8)
+        prepare.evaluate_bpb(Table(lambda logits, inputs: fault(logits, next(calls))), tokenizer, B)
 
 
 # --- no false alarms
