@@ -1,5 +1,6 @@
 """Every test runs on the tiny profile, on the CPU, offline, with a cache and a small text folder of its own."""
 
+import json
 import os
 import re
 import subprocess
@@ -74,6 +75,43 @@ def stub(path, text):
     """A shell script in the place of a program."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
+
+
+def stories(count, first=0):
+    words = " ".join(f"word{i}" for i in range(40))
+    return [f"story {i}: {words}" for i in range(first, first + count)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    """A function that sets constants of prepare.py for one test: constants(VOCAB_SIZE=300)."""
+    import prepare
+
+    def set_all(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(prepare, name, value)
+
+    return set_all
+
+
+@pytest.fixture
+def folder(tmp_path, constants):
+    """An empty folder as the dataset, with a cache of its own; little text is enough for it."""
+    text = tmp_path / "mine"
+    text.mkdir()
+    constants(DATASET=str(text), CACHE=tmp_path / "cache", VOCAB_SIZE=300, MAX_SEQ_LEN=8)
+    return text
+
+
+@pytest.fixture
+def filled(folder):
+    for i, text in enumerate(stories(400)):
+        (folder / f"{i}.py").write_text(text)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -16,39 +16,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import HEADER, REPO, run_python
+from conftest import HEADER, REPO, run_python, stories, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
 
 BOS = 60_000
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty folder as the dataset, with a cache of its own; little text is enough for it."""
-    text = tmp_path / "mine"
-    text.mkdir()
-    for name, value in dict(DATASET=str(text), CACHE=tmp_path / "cache", VOCAB_SIZE=300, MAX_SEQ_LEN=8).items():
-        monkeypatch.setattr(prepare, name, value)
-    return text
-
-
-@pytest.fixture
-def filled(folder):
-    for i, text in enumerate(stories(400)):
-        (folder / f"{i}.py").write_text(text)
-    return folder
-
-
-def stories(count, first=0):
-    words = " ".join(f"word{i}" for i in range(40))
-    return [f"story {i}: {words}" for i in range(first, first + count)]
-
-
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def write_parquets(**files):
@@ -76,16 +50,18 @@ def assert_nothing_half_written():
 # --- import and command
 
 
-def test_importing_both_files_has_no_side_effects():
+def test_importing_has_no_side_effects_and_training_without_data_is_one_line(tmp_path):
     code = """if True:
         import os, sys
         sys.argv, before = ["x", "--nonsense"], {*os.listdir(), "__pycache__"}
         sys.addaudithook(lambda event, args: event in ("socket.connect", "socket.getaddrinfo") and os._exit(3))
         import prepare, train, torch
         assert not torch.cuda.is_initialized() and before >= set(os.listdir())
+        train.main()
     """
-    done = run_python("-c", code)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = run_python("-c", code, AUTORESEARCH_CACHE=str(tmp_path / "nothing"))
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.endswith("; run: uv run prepare.py\n")
 
 
 @pytest.mark.parametrize("name, value, listed", [
@@ -96,14 +72,8 @@ def test_an_unknown_setting_is_one_line_that_lists_the_valid_ones(monkeypatch, n
         runpy.run_path(REPO / "prepare.py")
 
 
-def test_training_without_data_is_one_line_with_the_remedy(tmp_path):
-    done = run_python("train.py", AUTORESEARCH_CACHE=str(tmp_path / "nothing"))
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "run: uv run prepare.py" in done.stderr
-
-
-def test_a_second_prepare_touches_neither_data_nor_ledger_and_returns_within_two_seconds(filled, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "prepare.py"))
+def test_a_second_prepare_touches_neither_data_nor_ledger_within_two_seconds(filled, tmp_path, constants):
+    constants(__file__=str(tmp_path / "prepare.py"))
     prepare.prepare(None, 1)
     before, ledger = times(), tmp_path / "results.tsv"
     assert ledger.read_text() == HEADER
@@ -115,15 +85,15 @@ def test_a_second_prepare_touches_neither_data_nor_ledger_and_returns_within_two
 
 
 @pytest.mark.parametrize("dataset, total, missing", [("climbmix", 2.7, 1.2), ("folder", 1.5, 1.5)])
-def test_too_little_space_is_one_line_before_anything_is_written(folder, monkeypatch, capsys, dataset, total, missing):
+def test_too_little_space_is_one_line_before_anything_is_written(
+        folder, monkeypatch, constants, capsys, dataset, total, missing):
     """The text of a folder was taken for a download that is there already."""
     if dataset == "climbmix":
-        monkeypatch.setattr(prepare, "DATASET", dataset)
+        constants(DATASET=dataset)
         prepare.raw_dir().mkdir(parents=True)
     with open(prepare.raw_dir() / "x.txt", "wb") as there:  # a download, or the folder's text
         there.truncate(1_500_000_000)
-    monkeypatch.delattr(prepare, "fetch_all")
-    monkeypatch.delattr(prepare, "build")
+    constants(fetch_all=None, build=None)
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e9))
     with pytest.raises(SystemExit, match=rf"\A{missing} GB more are needed, {prepare.CACHE} has 1.0: free some .*\Z"):
         prepare.prepare(None, 1)
@@ -131,9 +101,9 @@ def test_too_little_space_is_one_line_before_anything_is_written(folder, monkeyp
     assert capsys.readouterr().out == where
 
 
-def test_without_a_number_prepare_keeps_the_shards_that_are_there(folder, monkeypatch):
+def test_without_a_number_prepare_keeps_the_shards_that_are_there(folder, constants):
     """With more than the default ten it would build a smaller dataset."""
-    monkeypatch.setattr(prepare, "DATASET", "climbmix")
+    constants(DATASET="climbmix")
     write_parquets(**{f"shard_{i:05d}": stories(100, 100 * i) for i in (*range(12), 6541, 6542)})
     prepare.prepare(12, 1)
     before = times()
@@ -168,7 +138,7 @@ def test_what_cannot_be_read_is_named_once_and_left_out(filled, monkeypatch, cap
     assert len(lines) == 4 and f"skipped {filled}/bad.jsonl: line 2 has no string `text`" in lines
 
 
-def test_every_kind_of_file_below_a_folder_is_read_but_no_link_to_a_folder(folder, tmp_path):
+def test_every_kind_of_file_below_a_folder_is_read_but_no_link_to_a_folder(folder):
     below = folder / "a" / "b"
     below.mkdir(parents=True)
     pyarrow.parquet.write_table(pyarrow.table({"text": ["parquet", None, ""]}), below / "x.parquet")
@@ -176,21 +146,21 @@ def test_every_kind_of_file_below_a_folder_is_read_but_no_link_to_a_folder(folde
     for suffix in ("txt", "md", "py", "rst", "html"):
         (below / f"x.{suffix}").write_text(suffix)
     (below / "MARK.TXT").write_text("mark", encoding="utf-8-sig")
-    (tmp_path / "elsewhere").write_text("linked")
-    (below / "linked.txt").symlink_to(tmp_path / "elsewhere")
-    (below / "nowhere.txt").symlink_to(below / "missing.txt")
+    (below / "linked.txt").symlink_to(below / "x.html")
+    (below / "nowhere.txt").symlink_to("missing")
     (below / "loop").symlink_to(folder)
     os.mkfifo(below / "pipe.txt")
-    want = ["parquet", "jsonl", "\U0001f680 \ufffd", "txt", "md", "py", "rst", "mark", "linked"]
-    assert Counter(prepare.folder_documents()) == Counter(want)
+    want = ["parquet", "jsonl", "\U0001f680 \ufffd", "txt", "md", "py", "rst", "mark", "html"]
+    assert sorted(prepare.folder_documents()) == sorted(want)
 
 
-def test_a_long_text_is_several_documents_that_end_with_lines_and_hold_all_of_it(folder):
-    """As one document a book is in one split alone, and a folder of one book could not be prepared."""
+def test_a_long_text_is_cut_at_the_ends_of_lines(folder):
+    """As one document a book was in one split alone."""
     book = "".join(f"line {i} of a long book\n" for i in range(20_000))
-    (folder / "book.txt").write_text(book + "x" * 500_000)
+    text = book + "x" * 500_000
+    (folder / "book.txt").write_text(text)
     texts = list(prepare.folder_documents())
-    assert "".join(texts) == book + "x" * 500_000 and max(map(len, texts)) <= 2 * prepare.FILE_CHARS
+    assert "".join(texts) == text and max(map(len, texts)) <= 2 * prepare.FILE_CHARS
     assert all(text.endswith("book\n") for text in texts if "x" not in text)
 
 
@@ -198,8 +168,8 @@ def test_a_long_text_is_several_documents_that_end_with_lines_and_hold_all_of_it
     (0, 8, "text for 256 tokens, VOCAB_SIZE=300 needs more: add text"),
     (400, 256, r"has \d+ rows for val, 32 are needed: add text"),
 ])
-def test_too_little_text_is_refused_and_leaves_nothing(folder, monkeypatch, documents, T, wants):
-    monkeypatch.setattr(prepare, "MAX_SEQ_LEN", T)
+def test_too_little_text_is_refused_and_leaves_nothing(folder, constants, documents, T, wants):
+    constants(MAX_SEQ_LEN=T)
     write_jsonl(folder / "x.jsonl", stories(documents))
     with pytest.raises(SystemExit, match=wants):
         prepare.prepare(None, 1)
@@ -226,13 +196,13 @@ def test_a_dataset_that_changes_during_a_run_changes_the_next_run_only(filled, m
 @pytest.mark.parametrize("dataset, sizes", [  # of val, holdout and train
     ("climbmix", [400, 200, 1400]), ("tinystories", [10_000, 10_000, 100]),
     ("python", [9, 7, 384]), ("folder", [18, 14, 768])])
-def test_the_splits_of_every_kind_of_dataset_share_no_text(filled, monkeypatch, dataset, sizes):
+def test_the_splits_of_every_kind_of_dataset_share_no_text(filled, monkeypatch, constants, dataset, sizes):
     """The same text is in several files and rows on purpose, of which python keeps one."""
     write_jsonl(filled / "again.jsonl", stories(400))
     paths = dict.fromkeys(("stdlib", "purelib", "platlib"), filled)
     monkeypatch.setattr(prepare, "sysconfig", SimpleNamespace(get_paths=lambda: paths))
     if dataset != "folder":
-        monkeypatch.setattr(prepare, "DATASET", dataset)
+        constants(DATASET=dataset)
         write_parquets(tinystories_gpt4_clean=[f"story {i % 20_100}" for i in range(20_400)],
                        shard_06542=stories(400), shard_06541=stories(400, 200), shard_00000=stories(2000))
     prepare.python_documents.cache_clear()
@@ -255,14 +225,14 @@ def test_any_unicode_comes_back_and_its_tokens_have_its_bytes(tokenizer, text):
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
 
-def test_special_tokens_come_last_have_no_bytes_and_are_plain_text_in_text(tokenizer):
+def test_special_tokens_have_no_bytes_and_are_plain_text_in_text(tokenizer):
     sizes, bos, ids = tokenizer.token_bytes(), tokenizer.get_bos_token_id(), tokenizer.encode("<|reserved_0|>")
     assert len(sizes) == tokenizer.get_vocab_size() == bos + 4 == prepare.VOCAB_SIZE
     assert (sizes[bos:] == 0).all() and (sizes[:bos] > 0).all() and max(ids) < bos
     assert tokenizer.encode(["<|reserved_0|>", ""], prepend=bos) == [[bos] + ids, [bos]]
 
 
-@pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "é\0" * 300_000], ids=["letters", "spaces", "binary"])
+@pytest.mark.parametrize("text", ["a" * 1_000_000, " " * 1_000_000, "é\0" * 300_000], ids=lambda text: ascii(text[:2]))
 def test_a_line_of_a_megabyte_comes_back_within_seconds(tokenizer, text):
     start = time.monotonic()
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -273,7 +243,7 @@ def test_numbers_are_cut_into_groups_of_two(tokenizer):
     assert max(len(tokenizer.decode([i])) for i in tokenizer.encode("1234567890" * 20)) == 2
 
 
-def test_the_tokenizer_is_saved_as_text_and_only_when_it_gives_text_back(tokenizer, tmp_path):
+def test_the_tokenizer_is_saved_as_text_if_it_gives_text_back(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     (path,) = tmp_path.iterdir()
     lines = map(str.split, path.read_text(encoding="ascii").splitlines())
@@ -284,12 +254,12 @@ def test_the_tokenizer_is_saved_as_text_and_only_when_it_gives_text_back(tokeniz
     assert not path.exists()
 
 
-def test_the_tokenizer_is_learnt_from_the_same_text_however_many_shards_were_fetched(monkeypatch):
-    monkeypatch.setattr(prepare, "TRAIN_DOC_CHARS", 5)
+def test_the_tokenizer_does_not_depend_on_the_number_of_shards(monkeypatch, constants):
+    constants(TRAIN_DOC_CHARS=5)
     shards = [("train", "a" * 8), ("val", "v")], [("train", "cccc"), ("train", "d")], [("train", "e")]
     monkeypatch.setattr(prepare, "documents", lambda count: itertools.chain(*shards[:count]))
     for chars, want in ((9, ["aaaaa", "cccc"]), (99, ["aaaaa", "cccc", "d"])):
-        monkeypatch.setattr(prepare, "TRAIN_CHARS", chars)
+        constants(TRAIN_CHARS=chars)
         assert [list(prepare.tokenizer_texts(count)) for count in (2, 3, -1)] == [want] * 3
 
 
@@ -297,19 +267,18 @@ def test_the_tokenizer_is_learnt_from_the_same_text_however_many_shards_were_fet
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_token_files_hold_every_document_in_order_whatever_the_number_of_workers(filled, monkeypatch, workers):
+def test_token_files_hold_every_document_in_order_for_any_workers(filled, monkeypatch, constants, workers):
     monkeypatch.setattr(prepare.os, "cpu_count", lambda: workers)
-    monkeypatch.setattr(prepare, "BATCH_DOCUMENTS", 50)
-    monkeypatch.setattr(prepare, "TASK_DOCUMENTS", 7)
+    constants(BATCH_DOCUMENTS=50, TASK_DOCUMENTS=7)
     prepare.prepare(None, 1)
     for split in prepare.SPLITS:
         assert stored(split) == [text for text in prepare.folder_documents() if prepare.split_of(text) == split]
 
 
-def test_after_a_full_disk_and_a_sigkill_the_next_run_completes_the_same_dataset(filled, monkeypatch, tmp_path):
+def test_after_a_full_disk_and_a_sigkill_the_next_run_completes_the_same_dataset(filled, monkeypatch, constants):
     prepare.prepare(None, 1)
     want = prepare.dataset_id()
-    monkeypatch.setattr(prepare, "CACHE", tmp_path / "second")
+    constants(CACHE=prepare.CACHE / "second")
     with monkeypatch.context() as patch:
         patch.setattr(prepare.tqdm, "update", lambda *_: os.write(os.open("/dev/full", os.O_WRONLY), b"a batch"))
         with pytest.raises(OSError, match="No space left"):
@@ -330,7 +299,7 @@ def test_after_a_full_disk_and_a_sigkill_the_next_run_completes_the_same_dataset
 
 @pytest.mark.parametrize("name, damage", [
     ("val.tokens", lambda data: data[:-2]), ("train.tokens", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
-    ("manifest.json", lambda data: data[:99]), ("manifest.json", lambda data: b'{"source": "of FORMAT 1", "files": {}}'),
+    ("manifest.json", lambda data: data[:99]), ("manifest.json", lambda data: b'{"source": "1234", "files": {}}'),
 ], ids=["truncated", "same size", "half a manifest", "FORMAT 1"])
 def test_a_damaged_or_old_file_is_noticed_and_mended(filled, name, damage):
     prepare.prepare(None, 1)
@@ -344,9 +313,9 @@ def test_a_damaged_or_old_file_is_noticed_and_mended(filled, name, damage):
     assert path.read_bytes() == whole and prepare.dataset_id() == want
 
 
-def test_token_files_of_another_format_are_refused_with_one_line(filled, monkeypatch):
+def test_token_files_of_another_format_are_refused_with_one_line(filled, constants):
     prepare.prepare(None, 1)
-    monkeypatch.setattr(prepare, "FORMAT", 1)
+    constants(FORMAT=1)
     with pytest.raises(SystemExit, match=r"\A.* has changed since; run: uv run prepare.py\Z"):
         prepare.Tokenizer.from_directory()
 
@@ -383,8 +352,8 @@ def test_every_token_is_used_once_per_epoch_and_no_row_is_padded(sizes, T, buffe
         assert sorted(stream[epoch * total:(epoch + 1) * total]) == list(range(total))
 
 
-def test_each_epoch_has_every_piece_in_an_order_of_its_own(monkeypatch):
-    monkeypatch.setattr(prepare, "WINDOW_DOCS", 30)
+def test_each_epoch_has_every_piece_in_an_order_of_its_own(constants):
+    constants(WINDOW_DOCS=30)
     first, again, second = (list(prepare.shuffled_pieces(np.full(100, 5, np.uint32), 4, epoch)) for epoch in (1, 1, 2))
     assert first == again != second
     assert sorted(first) == sorted(second) == [piece for i in range(100) for piece in ((5 * i, 4), (5 * i + 4, 1))]
@@ -399,7 +368,7 @@ def test_rows_do_not_depend_on_the_batch_size(prepared, tokenizer):
         assert all(map(torch.equal, rows(1), rows(B)))
 
 
-def test_batches_are_shifted_int64_that_start_with_bos_and_are_never_rewritten(prepared, tokenizer):
+def test_batches_start_with_bos_are_shifted_and_never_rewritten(prepared, tokenizer):
     """One buffer that is rewritten while a copy of it is pending silently replaces a batch by the next."""
     loader = prepared.make_dataloader(tokenizer, 4, 64, "train")
     batches = list(itertools.islice(loader, 5))
@@ -417,9 +386,8 @@ def test_batches_are_shifted_int64_that_start_with_bos_and_are_never_rewritten(p
 def test_a_copy_to_the_gpu_that_is_still_queued_is_not_overwritten(prepared, tokenizer):
     ours, theirs = (prepared.make_dataloader(tokenizer, 16, 256, "train", device) for device in ("cuda", "cpu"))
     torch.cuda._sleep(2**31)  # a second in which no copy can begin
-    kept = [next(ours)[:2] for _ in range(50)]
-    poison = [torch.full((16, 257), 7, dtype=torch.uint16, pin_memory=True) for _ in range(50)]  # where a block is free
+    kept = list(itertools.islice(ours, 50))
+    poison = [torch.full((16, 257), 7, dtype=torch.uint16, pin_memory=True) for _ in kept]  # where a block is free
     assert not torch.cuda.current_stream().query(), "the copies had ended before the poison came"
-    for inputs, targets in kept:
-        want = next(theirs)
-        assert torch.equal(inputs.cpu(), want[0]) and torch.equal(targets.cpu(), want[1])
+    for got, want in zip(kept, theirs):
+        assert torch.equal(got[0].cpu(), want[0]) and torch.equal(got[1].cpu(), want[1])
