@@ -86,6 +86,16 @@ def write_jsonl(path, texts):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
+def write_parquets(**files):
+    """Put {stem: texts} where the downloads of the dataset lie."""
+    import prepare
+    import pyarrow
+    import pyarrow.parquet
+    prepare.raw_dir().mkdir(parents=True)
+    for name, texts in files.items():
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), prepare.raw_dir() / f"{name}.parquet")
+
+
 @pytest.fixture
 def constants(monkeypatch):
     """A function that sets constants of prepare.py for one test: constants(VOCAB_SIZE=300)."""

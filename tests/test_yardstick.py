@@ -25,8 +25,7 @@ class Table(torch.nn.Module):
         self.table, self.fault = torch.nn.Parameter(torch.as_tensor(table, dtype=torch.float32)), fault
 
     def forward(self, inputs):
-        logits = self.table[inputs]
-        return self.fault(logits, inputs)
+        return self.fault(self.table[inputs], inputs)
 
 
 def gpt(dtype, attend=train.sdpa_attention):
@@ -43,7 +42,7 @@ def gpt(dtype, attend=train.sdpa_attention):
 
 @pytest.fixture(autouse=True)
 def short(prepared, monkeypatch):
-    """Few short rows and a GPT of two heads, on one core: two that others use too are five times as slow."""
+    """Few short rows and a GPT of two heads, on one core: two busy ones are five times as slow."""
     for name, value in dict(DEPTH=3, HEAD_DIM=16, ASPECT_RATIO=10, QUERIES_PER_KV=2, WINDOW_PATTERN="SSL",
                             SHORT_WINDOW=1 / 2, BIGRAM_ROWS=256, MAX_SEQ_LEN=T).items():
         monkeypatch.setattr(train, name, value)
@@ -83,7 +82,7 @@ def test_losses_are_summed_without_rounding(tokenizer):
 
 
 def test_special_tokens_are_in_neither_sum_and_a_small_split_is_scored_once(tokenizer, monkeypatch):
-    """A uniform model needs log2 V bits a token. BOS is hopeless to predict, and must not matter."""
+    """A uniform model needs log2 V bits a token. BOS is hopeless, and must not matter."""
     monkeypatch.setattr(prepare, "EVAL_TOKENS", 10**9)
     table = np.zeros((prepare.VOCAB_SIZE,) * 2)
     table[:, -4:] = -1e4
@@ -102,7 +101,7 @@ def test_the_bytes_of_a_split_are_those_of_its_text(tokenizer):
 
 
 def test_the_score_does_not_depend_on_the_batch_size(tokenizer):
-    """A score over `EVAL_TOKENS // (B * T)` batches changes its rows with B, and divides by zero for a large B."""
+    """A score over `EVAL_TOKENS // (B * T)` batches changes its rows with B."""
     assert len({prepare.evaluate_bpb(Table(), tokenizer, B) for B in (1, 7, ROWS, 64)}) == 1
 
 
@@ -128,7 +127,7 @@ def see_one_ahead(q, k, v, window):
 
 
 def in_layer(change, layer=1):
-    """The GPT with `change` applied to the output of one block."""
+    """`change` of the output of one block."""
     def make(dtype):
         model = gpt(dtype)
         model.blocks[layer].register_forward_hook(lambda module, args, x: change(x))
@@ -137,7 +136,7 @@ def in_layer(change, layer=1):
 
 
 def ids_for(part):
-    """The GPT whose embedding `part` sees the next token."""
+    """An embedding that sees the next token."""
     def make(dtype):
         model = gpt(dtype)
         part(model).register_forward_pre_hook(lambda module, args: (args[0].roll(-1, 1),))
@@ -163,7 +162,7 @@ def buffered():
 
 
 def recogniser():
-    """Copies the answers when it sees a row that begins like one it has seen."""
+    """Copies the answers of a row that begins like one it has seen."""
     rows = {}
 
     def recall(logits, inputs):
@@ -249,7 +248,7 @@ def test_a_fault_in_few_calls_gives_no_number(tokenizer, B, fault, message):
     ("sdpa", "cpu", torch.float32), ("sdpa", "cpu", torch.bfloat16), *(
         pytest.param(name, "cuda", torch.bfloat16, marks=cuda) for name in ("sdpa", "varlen", "fa3"))])
 def test_an_honest_model_moves_by_nothing_at_all(tokenizer, monkeypatch, name, device, dtype):
-    """PROBE_TOLERANCE is slack for kernels that are not deterministic: these are. Every probe has other cuts."""
+    """PROBE_TOLERANCE is slack for kernels that are not deterministic: these are."""
     monkeypatch.setattr(train, "HEAD_DIM", 64)  # as the kernels want it
     monkeypatch.setattr(train, "ASPECT_RATIO", 40)
     try:
