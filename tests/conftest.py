@@ -1,5 +1,6 @@
 """Every test runs on the tiny profile, on the CPU, offline, with a cache and a small text folder of its own."""
 
+import json
 import os
 import re
 import subprocess
@@ -65,10 +66,62 @@ def git(folder, *args):
     return done.stdout.strip()
 
 
+def run_python(*args, **env):
+    """Run Python in the repo as a user would."""
+    return subprocess.run([sys.executable, *args], cwd=REPO, env=os.environ | env, capture_output=True, text=True)
+
+
 def stub(path, text):
     """A shell script in the place of a program."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
+
+
+def stories(count, first=0):
+    words = " ".join(f"word{i}" for i in range(40))
+    return [f"story {i}: {words}" for i in range(first, first + count)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def write_parquets(**files):
+    """Put {stem: texts} where the downloads of the dataset lie."""
+    import prepare
+    import pyarrow
+    import pyarrow.parquet
+    prepare.raw_dir().mkdir(parents=True)
+    for name, texts in files.items():
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), prepare.raw_dir() / f"{name}.parquet")
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    """A function that sets constants of prepare.py for one test: constants(VOCAB_SIZE=300)."""
+    import prepare
+
+    def set_all(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(prepare, name, value)
+
+    return set_all
+
+
+@pytest.fixture
+def folder(tmp_path, constants):
+    """An empty folder as the dataset, with a cache of its own; little text is enough for it."""
+    text = tmp_path / "mine"
+    text.mkdir()
+    constants(DATASET=str(text), CACHE=tmp_path / "cache", VOCAB_SIZE=300, MAX_SEQ_LEN=8)
+    return text
+
+
+@pytest.fixture
+def filled(folder):
+    for i, text in enumerate(stories(400)):
+        (folder / f"{i}.py").write_text(text)
+    return folder
 
 
 @pytest.fixture(scope="session")
