@@ -120,7 +120,7 @@ PYTHON_BYTES = 100_000_000  # so that two cores are ready within a minute
 
 
 def raw_dir():
-    return CACHE / "raw" / DATASET
+    return CACHE / "raw" / Path(DATASET).name
 
 
 def hub_files(num_shards):
@@ -178,7 +178,7 @@ def folder_files():
     files = []
     for parent, _, names in os.walk(DATASET, onerror=lambda error: complain(error.filename, error.strerror)):
         files += [Path(parent, name) for name in names if name.lower().endswith(FOLDER_SUFFIXES)]
-    return sorted(path for path in files if path.is_file())  # neither a pipe nor a broken link
+    return sorted(path for path in files if os.path.isfile(path))  # neither a pipe nor a broken link
 
 
 def folder_documents():
@@ -434,7 +434,7 @@ def load_manifest(content=False):
     folder = data_dir()
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["made_from"] != fingerprint():
+        if manifest.get("made_from") != fingerprint():
             raise ValueError("it has changed since")
         sizes = {name: (folder / name).stat().st_size for name in manifest["bytes"]}
         damaged = sizes != manifest["bytes"]
