@@ -30,7 +30,7 @@ SETTINGS = dict(DATASET="climbmix", VOCAB_SIZE=300, MAX_SEQ_LEN=16, DOWNLOAD_WAI
 
 
 def parquet(column, name="text"):
-    """A file as bytes: uncompressed and in small row groups, so that faults can be placed."""
+    """As bytes, uncompressed and in small row groups, so that faults can be placed."""
     table, file = pyarrow.table({name: column}), io.BytesIO()
     pyarrow.parquet.write_table(table, file, compression="none", row_group_size=100, use_dictionary=False)
     return file.getvalue()
@@ -44,7 +44,7 @@ SIZE = len(GOOD[SHARD])
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers as Hugging Face does. `faults[name]` lists a dict for each request; after them it is healthy.
 
-    status, headers: instead of a file; body: another file; cut: share of it after which the connection ends; length:
+    status, headers: instead of a file; body: another; cut: share of it after which the connection ends; length:
     added to Content-Length; ranges: False ignores Range; stall: seconds of silence at the end; slow: after each 1 kB.
     """
 
@@ -112,7 +112,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def failure(command, *arguments):
-    """The line with which `command` ends, or None. It leaves complete files, and parts where it fails."""
+    """The line `command` ends with, or None. It leaves complete files, and parts where it fails."""
     try:
         line = command(*arguments)
     except SystemExit as error:
@@ -211,7 +211,7 @@ def test_cut_behind_a_redirect_is_resumed_and_the_other_host_never_gets_the_toke
 
 
 BAD = {
-    "html": b"<!DOCTYPE html><html>Please log in to this network</html>",
+    "html": b"<!DOCTYPE html><html>Please log in</html>",
     "empty": b"",
     "truncated": GOOD[SHARD][:-1],
     "footer": GOOD[SHARD][:-100] + b"\0" * 92 + GOOD[SHARD][-8:],
@@ -296,12 +296,12 @@ def test_validation_shard_failing_alone_prepares_nothing_and_a_later_run_complet
 
 
 @pytest.mark.parametrize("shards", [0, -2, 6542])
-def test_impossible_number_of_shards_is_refused_before_any_request(hub, monkeypatch, shards):
+def test_impossible_number_of_shards_is_refused_without_a_request(hub, monkeypatch, shards):
     assert run_main(monkeypatch, shards) == f"--num-shards {shards}: choose 1 to 6541, or -1 for all"
     assert hub.names == []
 
 
-# without torch, which takes seconds to import and is not used here
+# torch takes seconds to import and is not used here
 DRIVER = f"""
 import sys, pathlib, unittest.mock
 sys.modules.update(dict.fromkeys(("torch", "torch.nn", "torch.nn.functional"), unittest.mock.MagicMock()))
