@@ -199,8 +199,9 @@ class Version:
 def step(rounds=5 if CUDA else 2, steps=6 if CUDA else 2):
     trainer = Trainer()
     header(f"{rounds} alternating rounds of {steps} steps of {train.TOTAL_BATCH_SIZE:,} tokens, for each size of a pass",
-           "rows", "version", "tokens/s", "MFU %", "ours / plain", "peak MB" if CUDA else "peak MB of the process so far")
-    for rows in sorted({trainer.rows // 2, trainer.rows, 2 * trainer.rows} - {0}):  # the largest last: it may not fit
+           "rows", "version", "tokens/s", "MFU %", "ours / it", "peak MB" if CUDA else "peak MB of the process so far")
+    flops, peak = train.flops_per_token(trainer.model), train.peak_flops(DEVICE_NAME)
+    for rows in sorted({trainer.rows // 2, trainer.rows, 2 * trainer.rows} - {0}):  # what does not fit is halved
         if train.TOTAL_BATCH_SIZE % (rows * T):
             continue
         versions = {kind: Version(trainer, kind, rows) for kind in trainer.losses}
@@ -212,9 +213,9 @@ def step(rounds=5 if CUDA else 2, steps=6 if CUDA else 2):
             for version in (ours, plain)[::(-1) ** i]:  # there and back: none is always the one after a rest
                 version.run(steps)
         for kind, version in versions.items():
-            mfu = statistics.median(version.rates) * train.flops_per_token(trainer.model) / train.peak_flops(DEVICE_NAME)
-            ratio = [a / b for a, b in zip(ours.rates, version.rates)]
-            row(version.rows, kind, spread(version.rates), f"{100 * mfu:.2f}", spread(ratio, 3), f"{version.peak_mb:,.0f}")
+            mfu = 100 * statistics.median(version.rates) * flops / peak
+            ratio = spread([a / b for a, b in zip(ours.rates, version.rates)], 3)
+            row(version.rows, kind, spread(version.rates), f"{mfu:.2f}", ratio, f"{version.peak_mb:,.0f}")
         losses = [loss(*ours.batch[:2]).item() for loss in trainer.losses.values()]
         trainer.model.zero_grad()
     print("\nmean loss of the same weights on the same rows: ours {:.5f}, plain {:.5f}".format(*losses))
@@ -226,7 +227,8 @@ class Enough(Exception):
 
 def profile(steps=3, skipped=20 if CUDA else 5):
     """Profile train.main as it is, knowing only that it calls train_step(): first to warm up, then in its loop."""
-    profiler = torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * CUDA, acc_events=True)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * CUDA
+    profiler = torch.profiler.profile(activities=activities, acc_events=True)
     train_step, calls, times = train.train_step, itertools.count(), []
 
     def profiled_step(*args, **options):

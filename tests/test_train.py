@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import os
-import platform
 import re
 import runpy
 import subprocess
@@ -87,7 +86,8 @@ def random_batch(rows=2):
 def test_attention_and_its_gradients_equal_float64(name, device, window, n_kv_head):
     torch.manual_seed(0)
     dtype = torch.float32 if name == "sdpa" else torch.bfloat16
-    q, k, v = (torch.randn(2, 64, n, 64, device=device, dtype=dtype, requires_grad=True) for n in (4, n_kv_head, n_kv_head))
+    heads = 4, n_kv_head, n_kv_head
+    q, k, v = (torch.randn(2, 64, n, 64, device=device, dtype=dtype, requires_grad=True) for n in heads)
     weights = torch.randn(2, 64, 4, 64, dtype=torch.float64)
     y = backend(name)(q, k, v, window)
     got = y, *torch.autograd.grad((y.cpu().double() * weights).sum(), (q, k, v))
@@ -100,18 +100,6 @@ def test_attention_and_its_gradients_equal_float64(name, device, window, n_kv_he
     for ours, reference in zip(got, wanted):
         error = (ours.detach().cpu().double() - reference).norm()
         assert error <= (1e-5 if name == "sdpa" else 1e-2) * (1 + reference.norm())
-
-
-@backends
-@pytest.mark.parametrize("window", [0, 5, 63])
-def test_a_window_reaches_exactly_that_many_keys_to_the_left(name, device, window):
-    """Ports of FlashAttention's window_size=(W, 0) often see W keys instead of W plus the query."""
-    dtype = torch.float32 if name == "sdpa" else torch.bfloat16
-    q, k, v = (torch.randn(1, 64, 2, 64, device=device, dtype=dtype) for _ in range(3))
-    before = backend(name)(q, k, v, window)
-    v[:, 20] += 10
-    moved = (backend(name)(q, k, v, window) - before).abs().amax((0, 2, 3)) > 0
-    assert moved.nonzero().flatten().tolist() == list(range(20, min(64, 20 + window + 1)))
 
 
 def moved_positions(model, position):
@@ -147,14 +135,6 @@ def test_layer_windows_tile_the_pattern_and_end_in_full_context(constants):
 # --- the choice of the attention backend
 
 
-@pytest.mark.parametrize("device, dtype, capability, names", [
-    ("cuda", torch.bfloat16, (9, 0), ["fa3", "varlen", "sdpa"]), ("cuda", torch.bfloat16, (12, 0), ["varlen", "sdpa"]),
-    ("cuda", torch.float32, (7, 5), ["sdpa"]), ("mps", torch.float32, None, ["sdpa"])])
-def test_backends_are_those_that_the_device_can_run(monkeypatch, device, dtype, capability, names):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert [name for name, _ in train.attention_backends(torch.device(device), dtype)] == names
-
-
 REPO_ID = "kernels-community/flash-attn3"
 KERNEL = """
 windows = []
@@ -165,14 +145,14 @@ def flash_attn_func(q, k, v, causal, window_size):
 """
 
 
-def write_kernel(folder, code=KERNEL, variant="torch-universal", **metadata):
-    """A kernel as the `kernels` package finds it in a folder or a snapshot of the Hub."""
-    build = folder / "build" / variant
+def write_kernel(folder, code=KERNEL):
+    """A kernel as the `kernels` package finds it in a folder."""
+    build = folder / "build" / "torch-universal"
     build.mkdir(parents=True)
     (build / "__init__.py").write_text(code)
     described = {"id": f"kernel_{os.urandom(4).hex()}", "name": "flash-attn3", "version": 1, "license": "mit",
                  "python-depends": [], "backend": {"type": "cuda", "archs": ["8.0", "9.0a"]}}
-    (build / "metadata.json").write_text(json.dumps(described | metadata))
+    (build / "metadata.json").write_text(json.dumps(described))
     return folder
 
 
@@ -199,34 +179,21 @@ def hopper(build, monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize("where", ["LOCAL_KERNELS", "cache"])
-def test_fa3_is_found_in_a_folder_and_offline_in_the_cache_and_launched_with_the_windows(hopper, tmp_path, where):
-    """The cache knows the kernel by the name it was asked for: version=1 would leave a commit without a name."""
-    commit, cached = "0" * 40, tmp_path / "kernels--kernels-community--flash-attn3"
-    write_kernel(cached / "snapshots" / commit)
-    if where == "cache":
-        (cached / "refs").mkdir()
-        (cached / "refs" / "v1").write_text(commit)
-        hopper.setattr("kernels.resolver.CACHE_DIR", str(tmp_path))
-    else:
-        hopper.setenv("LOCAL_KERNELS", f"{REPO_ID}={cached / 'snapshots' / commit}")
+def test_fa3_is_found_in_a_local_folder_and_launched_with_the_windows(hopper, tmp_path):
+    hopper.setenv("LOCAL_KERNELS", f"{REPO_ID}={write_kernel(tmp_path)}")
     name, attend = hopper.choose()
     windows = attend.__closure__[0].cell_contents.__globals__["windows"]
     assert name == "fa3" and windows == 2 * [(8, 0), (8, 0), (-1, 0)]  # two passes through three layers
 
 
-@pytest.mark.parametrize("kernel, reason", [
+@pytest.mark.parametrize("code, reason", [
     (None, "FileNotFoundError: Cannot find a local snapshot"),  # no network: the tests run with HF_HUB_OFFLINE
-    (dict(variant=f"torch25-cxx11-cu118-{platform.machine()}-linux"), "FileNotFoundError: Cannot find a build variant"),
-    (dict(backend={"type": "cuda", "archs": ["10.0"]}), "RuntimeError: Kernel 'flash-attn3' variant 'torch-universal'"),
-    (dict(code="import of_nothing"), "ModuleNotFoundError: No module named 'of_nothing'"),
-    (dict(code="def flash_attn_func(*_, **__): raise RuntimeError('no kernel image\\nat')"), "RuntimeError: no kernel image"),
-], ids=["not cached", "torch", "architecture", "dependency", "first step"])
-def test_whatever_is_wrong_with_fa3_is_one_printed_line_and_varlen(hopper, tmp_path, capsys, kernel, reason):
-    if kernel:
-        hopper.setenv("LOCAL_KERNELS", f"{REPO_ID}={write_kernel(tmp_path, **kernel)}")
-    else:
-        hopper.setattr("kernels.resolver.CACHE_DIR", str(tmp_path))
+    ("import of_nothing", "ModuleNotFoundError: No module named 'of_nothing'"),
+    ("def flash_attn_func(*_, **__): raise RuntimeError('no image\\nfor sm_90')", "RuntimeError: no image")])
+def test_whatever_is_wrong_with_fa3_is_one_printed_line_and_varlen(hopper, tmp_path, capsys, code, reason):
+    hopper.setattr("kernels.resolver.CACHE_DIR", str(tmp_path))
+    if code:
+        hopper.setenv("LOCAL_KERNELS", f"{REPO_ID}={write_kernel(tmp_path, code)}")
     assert hopper.choose() == ("varlen", train.varlen_attention)
     printed = capsys.readouterr().out
     assert printed.startswith(f"fa3 is not available: {reason}") and printed.count("\n") == 1
@@ -277,36 +244,31 @@ def test_chunked_loss_equals_plain_cross_entropy_also_in_shares(build):
         torch.testing.assert_close(ours, p.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_training_and_evaluation_have_the_same_float32_logits_of_a_bf16_trunk(build):
-    """Logits capped in bf16 cost the score 2e-4 nats a token."""
-    model = build(torch.bfloat16, LOSS_CHUNK=32)
+def test_training_and_evaluation_have_the_same_float32_logits_softcapped(build):
+    """Logits capped in the bf16 of the trunk cost the score 2e-4 nats a token."""
+    model = build(torch.bfloat16, LOSS_CHUNK=32, SOFTCAP=7)
+    model.lm_head.weight.data *= 100
     inputs, targets, _ = random_batch()
     logits = model(inputs)
     plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
-    assert logits.dtype == torch.float32 and abs(plain - model.loss_backward(inputs, targets).item()) < 1e-6
-
-
-def test_logits_are_softcapped(build):
-    model = build(SOFTCAP=7)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1e4)
-    assert 6.9 < model(random_batch()[0]).abs().max() <= 7
+    assert logits.dtype == torch.float32 and 6.9 < logits.abs().max() <= 7
+    assert abs(plain - model.loss_backward(inputs, targets).item()) < 1e-6
 
 
 def test_initial_weights_follow_the_recipe_and_predict_the_uniform_distribution(constants):
-    constants(VOCAB_SIZE=2000, HEAD_DIM=32, ASPECT_RATIO=40, X0_LAMBDA=0.1)
+    constants(VOCAB_SIZE=2000, HEAD_DIM=32, ASPECT_RATIO=40)
     torch.manual_seed(0)
     model = train.GPT(torch.float32)
     assert abs(model.wte.weight.std() - 1) < 0.01 and abs(model.lm_head.weight.std() - 0.001) < 1e-5
     drawn = [table.weight for table in model.value_embeds.values()]
     for block in model.blocks:
-        assert not block.attn.proj.weight.any() and not block.mlp.proj.weight.any()
         drawn += [block.attn.q.weight, block.attn.k.weight, block.attn.v.weight, block.mlp.fc.weight]
+        assert not block.attn.proj.weight.any() and not block.mlp.proj.weight.any()
     for weight in drawn:
         assert abs(weight.std() - 128**-0.5) < 0.003 and weight.abs().max() <= (3 / 128) ** 0.5
-    assert [block.attn.ve_gate is not None and not block.attn.ve_gate.weight.any() for block in model.blocks] == [1, 0, 1]
-    assert (model.resid_lambdas == 1).all() and (model.x0_lambdas == torch.tensor(0.1)).all()
-    assert model.loss_backward(*random_batch()[:2]).item() == pytest.approx(math.log(2000), abs=0.01)
+    assert list(model.value_embeds) == ["0", "2"] and not model.blocks[2].attn.ve_gate.weight.any()
+    assert (model.resid_lambdas == 1).all() and (model.x0_lambdas == train.X0_LAMBDA).all()
+    assert abs(model.loss_backward(*random_batch()[:2]).item() - math.log(2000)) < 0.01
 
 
 def test_flops_count_six_per_matmul_parameter_and_the_visible_keys(build):
@@ -321,16 +283,16 @@ def test_flops_count_six_per_matmul_parameter_and_the_visible_keys(build):
 
 def test_every_parameter_is_in_exactly_one_group_with_its_options(build):
     model = build(BIGRAM_ROWS=64, EMBEDDING_LR=1, UNEMBEDDING_LR=2, SCALAR_LR=3, MATRIX_LR=4, VE_WEIGHT_DECAY=0.1,
-                  ADAM_BETAS=(0.8, 0.95), X0_BETAS=(0.96, 0.9), ADAM_EPS=1e-9)
-    scale, adam, muon = (32 / 768) ** -0.5, ((0.8, 0.95), 1e-9), (None, None)
-    wanted = {"wte.weight": (scale, 0, *adam), "lm_head.weight": (2 * scale, 0, *adam), "bigram.weight": (scale, 0, *adam),
-              "value_embeds.0.weight": (scale, 0.1, *adam), "value_embeds.2.weight": (scale, 0.1, *adam),
-              "resid_lambdas": (0.03, 0, *adam), "smear": (0.3, 0, *adam), "x0_lambdas": (3, 0, (0.96, 0.9), 1e-9)}
+                  ADAM_BETAS=(0.8, 0.95), X0_BETAS=(0.96, 0.9))
+    scale, betas = (32 / 768) ** -0.5, (0.8, 0.95)
+    wanted = {"wte.weight": (scale, 0, betas), "lm_head.weight": (2 * scale, 0, betas), "smear": (0.3, 0, betas),
+              "value_embeds.0.weight": (scale, 0.1, betas), "value_embeds.2.weight": (scale, 0.1, betas),
+              "bigram.weight": (scale, 0, betas), "resid_lambdas": (0.03, 0, betas), "x0_lambdas": (3, 0, (0.96, 0.9))}
     for name, p in model.blocks.named_parameters(prefix="blocks"):
-        wanted[name] = 4 * max(1, p.size(0) / p.size(1)) ** 0.5, None, *muon
+        wanted[name] = 4 * max(1, p.size(0) / p.size(1)) ** 0.5, None, None
     optimizer, got, names = optimizer_of(model), [], {id(p): name for name, p in model.named_parameters()}
     for group in optimizer.param_groups + optimizer.muon_groups:
-        options = pytest.approx(group["lr"]), group.get("weight_decay"), group.get("betas"), group.get("eps")
+        options = pytest.approx(group["lr"]), group.get("weight_decay"), group.get("betas")
         got += [(names[id(p)], options) for p in group["params"]]
     assert len(got) == len(wanted) and dict(got) == wanted
     model.stray = torch.nn.Parameter(torch.zeros(1))
@@ -338,17 +300,16 @@ def test_every_parameter_is_in_exactly_one_group_with_its_options(build):
         train.parameter_groups(model)
 
 
-def muon(*params, **options):
-    """An optimizer whose Muon has one group, and AdamW a parameter that never gets a gradient."""
+def muon(*params, adamw=None, **options):
+    """An optimizer with one group of each kind; AdamW's parameter may be one that never gets a gradient."""
+    adamw = torch.nn.Parameter(torch.zeros(1)) if adamw is None else adamw
     group = dict(params=list(params), lr=0.1, momentum=0.0, weight_decay=0.0) | options
-    return train.MuonAdamW([dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=0.0)], [group], torch.float32)
+    return train.MuonAdamW([dict(params=[adamw], lr=0.1, weight_decay=0.1)], [group], torch.float32)
 
 
 def test_adamw_equals_torch():
-    torch.manual_seed(0)
     ours, theirs, matrix = (torch.nn.Parameter(torch.ones(7, 5)) for _ in range(3))
-    groups = [dict(params=[ours], lr=0.1, weight_decay=0.1)], [dict(params=[matrix], lr=0, momentum=0, weight_decay=0)]
-    optimizer = train.MuonAdamW(*groups, torch.float32)
+    optimizer = muon(matrix, adamw=ours)
     reference = torch.optim.AdamW([theirs], lr=0.1, betas=train.ADAM_BETAS, eps=train.ADAM_EPS, weight_decay=0.1)
     for _ in range(20):
         ours.grad = theirs.grad = matrix.grad = torch.randn(7, 5)
@@ -422,17 +383,15 @@ def test_stacked_matrices_move_as_they_would_alone():
 def test_schedules_at_their_end_points(build, constants):
     model = build(WARMUP_RATIO=0.0, WARMDOWN_RATIO=0.5, FINAL_LR_FRAC=0.1, WEIGHT_DECAY=0.2, MOMENTUM=(0.85, 0.95),
                   MOMENTUM_STEPS=300)
-    assert [train.lr_multiplier(x) for x in (0, 0.5, 0.75, 1, 1.01)] == pytest.approx([1, 1, 0.55, 0.1, 0.1])
     optimizer = optimizer_of(model)
-    groups = optimizer.param_groups + optimizer.muon_groups
-    initial = [group["lr"] for group in groups]
-    for progress, step, share, momentum, decay in [(0, 0, 1, 0.85, 0.2), (0.75, 150, 0.55, 0.9, 0.05), (1, 900, 0.1, 0.95, 0)]:
+    for progress, step, share, *wanted in [(0, 0, 1, 0.85, 0.2), (0.75, 150, 0.55, 0.9, 0.05), (1, 900, 0.1, 0.95, 0)]:
         train.set_schedules(optimizer, progress, step)
-        assert [group["lr"] for group in groups] == pytest.approx([share * lr for lr in initial])
+        for group in optimizer.param_groups + optimizer.muon_groups:
+            assert group["lr"] == pytest.approx(share * group["initial_lr"])
         for group in optimizer.muon_groups:
-            assert (group["momentum"], group["weight_decay"]) == pytest.approx((momentum, decay))
+            assert [group["momentum"], group["weight_decay"]] == pytest.approx(wanted)
     constants(WARMUP_RATIO=0.2)
-    assert [train.lr_multiplier(x) for x in (0, 0.1, 0.2)] == pytest.approx([0, 0.5, 1])
+    assert [train.lr_multiplier(x) for x in (0, 0.1, 0.2, 0.5)] == pytest.approx([0, 0.5, 1, 1])
 
 
 # --- the step
@@ -451,15 +410,15 @@ def test_a_step_never_waits_for_the_device(build):
 
 
 def test_nothing_is_compiled_after_warm_up(build, monkeypatch):
-    """Schedules change the learning rates at every step; windows and value embeddings make five kinds of layers."""
+    """Schedules change the learning rates at every step; windows and value embeddings make three kinds of layers."""
     compile = torch.compile
     aot_eager = lambda f, **options: compile(f, backend="aot_eager", **options)  # needs no C++ compiler
     monkeypatch.setattr(torch, "compile", aot_eager)
-    monkeypatch.setattr(train, "layer_windows", lambda: [3, 4, 5, 6, 7, 4, 3])
+    monkeypatch.setattr(train, "layer_windows", lambda: [3, 4, 5, 4, 3])
     torch._dynamo.reset()
     graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=8):
-        model = build(DEPTH=7, ASPECT_RATIO=4, LOSS_CHUNK=16)
+    with torch._dynamo.config.patch(recompile_limit=4):
+        model = build(DEPTH=5, ASPECT_RATIO=6, LOSS_CHUNK=16)
         optimizer = optimizer_of(model)
         model.compile()
         optimizer.muon_update = torch.compile(train.muon_update, dynamic=False)
@@ -467,24 +426,16 @@ def test_nothing_is_compiled_after_warm_up(build, monkeypatch):
         train.warm_up(model, optimizer, CPU)
         warm = graphs()
         shapes = {p.shape for p in model.blocks.parameters()}
-        assert warm - before == 5 + 1 + len(shapes)  # blocks of one kind are compiled once; the loss; Muon by shape
+        assert warm - before == 3 + 1 + len(shapes)  # blocks of one kind are compiled once; the loss; Muon by shape
         for step in range(3):
             train.set_schedules(optimizer, step / 3, step)
             train.train_step(model, optimizer, random_batch(), random_batch, 2)
         assert graphs() == warm
-        with torch.no_grad():  # the evaluation compiles once, for its own shape; 10 kinds are over torch's limit of 8
+        with torch.no_grad():  # the evaluation compiles once, for its own shape: 6 kinds are over the limit
             for _ in range(2):
                 model(random_batch(rows=1)[0])
-        assert graphs() == warm + 5
+        assert graphs() == warm + 3
     torch._dynamo.reset()
-
-
-def test_without_triton_the_run_goes_on_eagerly_after_one_line(monkeypatch, capsys):
-    def fail(*_, **__):
-        raise RuntimeError("no triton\nsecond line")
-    monkeypatch.setattr(torch, "compile", fail)
-    assert not train.can_compile(CUDA)
-    assert capsys.readouterr().out == "torch.compile is not available: RuntimeError: no triton\n"
 
 
 def weights_after(model, optimizer, steps):
@@ -585,7 +536,7 @@ def test_train_py_as_a_process_prints_its_summary_and_leaves_the_weights(prepare
     code = ("import prepare, runpy; prepare.TIME_BUDGET = 1.0; prepare.EVAL_TOKENS = 8 * prepare.MAX_SEQ_LEN\n"
             f"runpy.run_path({str(REPO / 'train.py')!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | dict(PYTHONPATH=str(REPO), SEED="7"))
+                          env=os.environ | dict(PYTHONPATH=str(REPO), SEED="7", OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
     progress, summary = done.stdout.split("---\n")
     assert "| loss " in progress and len(progress.splitlines()) <= 60
@@ -644,9 +595,9 @@ def test_the_weights_are_saved_and_the_watchdog_starts_anew_before_the_evaluatio
     def fail(*_):
         events.append((tmp_path / "model.pt").exists())
         raise prepare.YardstickError("not causal")
-    events = []
+    events, set_schedules = [], train.set_schedules
     short_run.setattr(train, "start_watchdog", lambda: events.append("watchdog"))
-    short_run.setattr(train, "set_schedules", lambda *args, real=train.set_schedules: events.append("step") or real(*args))
+    short_run.setattr(train, "set_schedules", lambda *args: events.append("step") or set_schedules(*args))
     short_run.setattr(train, "evaluate_bpb", fail)
     with pytest.raises(prepare.YardstickError):
         train.main()
@@ -661,24 +612,26 @@ def test_a_loss_that_explodes_stops_the_run_with_its_step(short_run, value):
         train.main()
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(TOTAL_BATCH_SIZE=1000), r"TOTAL_BATCH_SIZE=1000 must be a multiple of DEVICE_BATCH_SIZE=2 \* MAX_SEQ_LEN=256"),
-    (dict(HEAD_DIM=7), "HEAD_DIM=7 must be even"), (dict(QUERIES_PER_KV=3), "QUERIES_PER_KV=3 divide the 4 heads"),
-    (dict(WINDOW_PATTERN="SXL"), "WINDOW_PATTERN='SXL' must be made of S and L"),
-    *((seed, f"SEED={seed} must be a whole number") for seed in ("lucky", "-1", "\u00b2"))])
-def test_impossible_constants_and_seeds_are_refused(short_run, changes, message):
-    if isinstance(changes, str):
-        short_run.setenv("SEED", changes)
-    else:
-        for name, value in changes.items():
-            short_run.setattr(train, name, value)
+@pytest.mark.parametrize("name, value, message", [
+    ("TOTAL_BATCH_SIZE", 1000, r"TOTAL_BATCH_SIZE=1000 must be a multiple of DEVICE_BATCH_SIZE=2 \* MAX_SEQ_LEN=256"),
+    ("HEAD_DIM", 7, "HEAD_DIM=7 must be even"), ("QUERIES_PER_KV", 3, "QUERIES_PER_KV=3 divide the 4 heads"),
+    ("WINDOW_PATTERN", "SXL", "WINDOW_PATTERN='SXL' must be made of S and L")])
+def test_impossible_constants_are_refused(short_run, name, value, message):
+    short_run.setattr(train, name, value)
     with pytest.raises(SystemExit, match=message):
+        train.main()
+
+
+@pytest.mark.parametrize("seed", ["lucky", "-1", "\u00b2"])
+def test_a_seed_that_is_no_number_is_refused(short_run, seed):
+    short_run.setenv("SEED", seed)
+    with pytest.raises(SystemExit, match=f"SEED={seed} must be a whole number"):
         train.main()
 
 
 @pytest.mark.parametrize("error, line", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "FAIL: out of memory with DEVICE_BATCH_SIZE="),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "FAIL: out of memory with DEVICE_BATCH_SIZE="),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "FAIL: out of memory with DEVICE_BATCH_SIZE="),
     (prepare.YardstickError("not causal"), "FAIL: not causal"), (RuntimeError("size mismatch"), None)])
 def test_expected_failures_end_in_one_line_and_others_in_a_traceback(monkeypatch, error, line):
     def fail():
@@ -687,16 +640,6 @@ def test_expected_failures_end_in_one_line_and_others_in_a_traceback(monkeypatch
     with pytest.raises(SystemExit if line else RuntimeError) as raised:
         runpy.run_path(REPO / "train.py", run_name="__main__")
     assert not line or raised.value.code.startswith(line) and "\n" not in raised.value.code
-
-
-@pytest.mark.parametrize("profile, bf16, chosen", [
-    ("full", True, ("cuda", torch.bfloat16)), ("small", False, ("cuda", torch.float32)), ("tiny", True, ("cpu", None))])
-def test_every_profile_but_tiny_uses_a_cuda_gpu(monkeypatch, profile, bf16, chosen):
-    monkeypatch.setattr(train, "PROFILE", profile)
-    for name, value in dict(is_available=True, is_bf16_supported=bf16, get_device_name="H100").items():
-        monkeypatch.setattr(torch.cuda, name, lambda value=value, **_: value)
-    device, _, dtype = train.choose_device()
-    assert device.type == chosen[0] and dtype == (chosen[1] or dtype)
 
 
 @pytest.mark.parametrize("name, teraflops", [
