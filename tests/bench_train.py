@@ -198,7 +198,7 @@ class Version:
 
 def step(rounds=5 if CUDA else 2, steps=6 if CUDA else 2):
     trainer = Trainer()
-    header(f"{rounds} alternating rounds of {steps} steps of {train.TOTAL_BATCH_SIZE:,} tokens, for each size of a pass",
+    header(f"{rounds} alternating rounds of {steps} steps of {train.TOTAL_BATCH_SIZE:,} tokens in passes of some sizes",
            "rows", "version", "tokens/s", "MFU %", "ours / it", "peak MB" if CUDA else "peak MB of the process so far")
     flops, peak = train.flops_per_token(trainer.model), train.peak_flops(DEVICE_NAME)
     for rows in sorted({trainer.rows // 2, trainer.rows, 2 * trainer.rows} - {0}):  # what does not fit is halved

@@ -553,8 +553,7 @@ def short_run(constants, prepared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "start_watchdog", lambda: None)
     monkeypatch.setattr(prepare, "EVAL_TOKENS", 8 * prepare.MAX_SEQ_LEN)
-    sizes = dict(VOCAB_SIZE=prepare.VOCAB_SIZE, MAX_SEQ_LEN=prepare.MAX_SEQ_LEN, TOTAL_BATCH_SIZE=1024, TIME_BUDGET=30.0)
-    constants(**sizes)
+    constants(VOCAB_SIZE=prepare.VOCAB_SIZE, MAX_SEQ_LEN=prepare.MAX_SEQ_LEN, TOTAL_BATCH_SIZE=1024, TIME_BUDGET=30.0)
     now, train_step, monkeypatch.step_seconds = [0.0], train.train_step, 6.2
 
     def step(*args):
