@@ -135,87 +135,64 @@ def test_layer_windows_tile_the_pattern_and_end_in_full_context(constants):
 # --- the choice of the attention backend
 
 
-REPO_ID = "kernels-community/flash-attn3"
 KERNEL = """
-windows = []
 def flash_attn_func(q, k, v, causal, window_size):
-    assert causal
-    windows.append(window_size)
+    assert causal and window_size in ((8, 0), (-1, 0))
     return q + (k + v).repeat_interleave(q.size(2) // k.size(2), dim=2), None
 """
+METADATA = {"id": "kernel_0", "name": "flash-attn3", "version": 1, "license": "mit", "python-depends": [],
+            "backend": {"type": "cuda", "archs": ["8.0", "9.0a"]}}
 
 
-def write_kernel(folder, code=KERNEL):
-    """A kernel as the `kernels` package finds it in a folder."""
-    build = folder / "build" / "torch-universal"
-    build.mkdir(parents=True)
-    (build / "__init__.py").write_text(code)
-    described = {"id": f"kernel_{os.urandom(4).hex()}", "name": "flash-attn3", "version": 1, "license": "mit",
-                 "python-depends": [], "backend": {"type": "cuda", "archs": ["8.0", "9.0a"]}}
-    (build / "metadata.json").write_text(json.dumps(described))
-    return folder
+def no_kernel(*_):
+    raise RuntimeError("no kernel image\nfor sm_90")
 
 
-@pytest.fixture
-def hopper(build, monkeypatch):
-    """A CPU that is offered an H100's backends, varlen being one that runs here; .choose() gives (name, attend)."""
+def attend_but_not_back(*args):
+    y = train.sdpa_attention(*args)
+    y.register_hook(no_kernel)
+    return y
+
+
+@pytest.mark.parametrize("fa3, varlen, chosen, reasons", [
+    (KERNEL, no_kernel, "fa3", []),
+    (None, train.sdpa_attention, "varlen", ["FileNotFoundError: Cannot find a local snapshot"]),  # nor a network
+    ("import of_nothing", train.sdpa_attention, "varlen", ["ModuleNotFoundError: No module named 'of_nothing'"]),
+    ("def flash_attn_func(*_, **__): raise TypeError('new')", train.sdpa_attention, "varlen", ["TypeError: new"]),
+    ("", attend_but_not_back, "sdpa", ["AttributeError: module", "RuntimeError: no kernel image"])])
+def test_the_first_backend_with_which_a_step_works_is_chosen(build, monkeypatch, tmp_path, capsys, fa3, varlen, chosen,
+                                                             reasons):
+    """On a CPU that is offered an H100's; each other one is a printed line and leaves no trace."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(train, "varlen_attention", lambda *args: train.sdpa_attention(*args))
+    monkeypatch.setattr(train, "varlen_attention", varlen)
     of_h100 = train.attention_backends(CUDA, torch.bfloat16)
     monkeypatch.setattr(train, "attention_backends", lambda device, dtype: of_h100)
-
-    def choose():
-        model = build()
-        before = [p.detach().clone() for p in model.parameters()]
-        name, rows = train.warm_up_fastest(model, optimizer_of(model), CPU)
-        assert rows == 2 and all(map(torch.equal, before, model.parameters()))
-        attend, = {block.attn.attend for block in model.blocks}
-        return name, attend
-
-    monkeypatch.choose = choose
-    return monkeypatch
-
-
-def test_fa3_is_found_in_a_local_folder_and_launched_with_the_windows(hopper, tmp_path):
-    hopper.setenv("LOCAL_KERNELS", f"{REPO_ID}={write_kernel(tmp_path)}")
-    name, attend = hopper.choose()
-    windows = attend.__closure__[0].cell_contents.__globals__["windows"]
-    assert name == "fa3" and windows == 2 * [(8, 0), (8, 0), (-1, 0)]  # two passes through three layers
+    monkeypatch.setattr("kernels.resolver.CACHE_DIR", str(tmp_path))
+    if fa3 is not None:
+        folder = tmp_path / "build" / "torch-universal"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(fa3)
+        (folder / "metadata.json").write_text(json.dumps(METADATA | {"id": f"kernel_{os.urandom(4).hex()}"}))
+        monkeypatch.setenv("LOCAL_KERNELS", f"kernels-community/flash-attn3={tmp_path}")
+    model, fresh = build(), build()
+    assert train.warm_up_fastest(model, optimizer_of(model), CPU) == (chosen, 2)
+    attend, = {block.attn.attend for block in model.blocks}
+    assert attend.__name__.startswith(chosen) or attend is varlen
+    assert all(map(torch.equal, model.parameters(), fresh.parameters()))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(reasons)
+    for line, name, reason in zip(lines, ("fa3", "varlen"), reasons):
+        assert line.startswith(f"{name} is not available: {reason}")
 
 
-@pytest.mark.parametrize("code, reason", [
-    (None, "FileNotFoundError: Cannot find a local snapshot"),  # no network: the tests run with HF_HUB_OFFLINE
-    ("import of_nothing", "ModuleNotFoundError: No module named 'of_nothing'"),
-    ("def flash_attn_func(*_, **__): raise RuntimeError('no image\\nfor sm_90')", "RuntimeError: no image")])
-def test_whatever_is_wrong_with_fa3_is_one_printed_line_and_varlen(hopper, tmp_path, capsys, code, reason):
-    hopper.setattr("kernels.resolver.CACHE_DIR", str(tmp_path))
-    if code:
-        hopper.setenv("LOCAL_KERNELS", f"{REPO_ID}={write_kernel(tmp_path, code)}")
-    assert hopper.choose() == ("varlen", train.varlen_attention)
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"fa3 is not available: {reason}") and printed.count("\n") == 1
-
-
-def test_a_backend_that_fails_in_the_backward_pass_is_one_line_but_sdpas_failure_is_raised(hopper, capsys):
-    def fail(*_):
-        raise RuntimeError("no such kernel")
-
-    def fails_backward(*args):
-        y = sdpa(*args)
-        y.register_hook(fail)
-        return y
-
-    sdpa = train.sdpa_attention
-    hopper.setenv("LOCAL_KERNELS", f"{REPO_ID}=/nowhere")
-    hopper.setattr(train, "varlen_attention", fails_backward)
-    assert hopper.choose() == ("sdpa", sdpa)
-    assert capsys.readouterr().out.splitlines()[1:] == ["varlen is not available: RuntimeError: no such kernel"]
-    hopper.setattr(train, "sdpa_attention", fail)
-    with pytest.raises(RuntimeError, match="no such kernel"):
-        hopper.choose()
+def test_a_failure_with_sdpa_is_raised(build, monkeypatch):
+    model = build()
+    monkeypatch.setattr(train, "sdpa_attention", no_kernel)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        train.warm_up_fastest(model, optimizer_of(model), CPU)
 
 
 # --- model
@@ -411,25 +388,21 @@ def test_a_step_never_waits_for_the_device(build):
 
 def test_nothing_is_compiled_after_warm_up(build, monkeypatch):
     """Schedules change the learning rates at every step; windows and value embeddings make three kinds of layers."""
-    compile = torch.compile
-    aot_eager = lambda f, **options: compile(f, backend="aot_eager", **options)  # needs no C++ compiler
-    monkeypatch.setattr(torch, "compile", aot_eager)
+    real = torch.compile  # the backend aot_eager needs no C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", **options))
     monkeypatch.setattr(train, "layer_windows", lambda: [3, 4, 5, 4, 3])
     torch._dynamo.reset()
-    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     with torch._dynamo.config.patch(recompile_limit=4):
         model = build(DEPTH=5, ASPECT_RATIO=6, LOSS_CHUNK=16)
-        optimizer = optimizer_of(model)
+        optimizer, before = optimizer_of(model), 0
         model.compile()
         optimizer.muon_update = torch.compile(train.muon_update, dynamic=False)
         before = graphs()
         train.warm_up(model, optimizer, CPU)
-        warm = graphs()
-        shapes = {p.shape for p in model.blocks.parameters()}
-        assert warm - before == 3 + 1 + len(shapes)  # blocks of one kind are compiled once; the loss; Muon by shape
-        for step in range(3):
-            train.set_schedules(optimizer, step / 3, step)
-            train.train_step(model, optimizer, random_batch(), random_batch, 2)
+        warm = 3 + 1 + len({p.shape for p in model.blocks.parameters()})  # kinds of layers, the loss, Muon by shape
+        assert graphs() == warm
+        weights_after(model, optimizer, 3)
         assert graphs() == warm
         with torch.no_grad():  # the evaluation compiles once, for its own shape: 6 kinds are over the limit
             for _ in range(2):
