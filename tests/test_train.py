@@ -233,6 +233,17 @@ def test_training_and_evaluation_have_the_same_float32_logits_softcapped(build):
     assert abs(plain - model.loss_backward(inputs, targets).item()) < 1e-6
 
 
+def test_a_new_block_adds_the_embedding_and_its_gate_lets_the_value_embedding_through(constants, monkeypatch):
+    monkeypatch.setattr(train, "layer_windows", lambda: [0, 0, 0])  # each position sees its own value
+    constants(QUERIES_PER_KV=1)
+    model = train.GPT(torch.float32)
+    block, (x, x0, ve) = model.blocks[2], torch.randn(3, 1, 16, 32)
+    torch.testing.assert_close(block(x, x0, ve, 0.5, 0.25, model.cos, model.sin), 0.5 * x + 0.25 * x0)
+    torch.nn.init.zeros_(block.attn.v.weight)
+    torch.nn.init.eye_(block.attn.proj.weight)
+    torch.testing.assert_close(block.attn(x, ve, model.cos, model.sin), ve)
+
+
 def test_initial_weights_follow_the_recipe_and_predict_the_uniform_distribution(constants):
     constants(VOCAB_SIZE=2000, HEAD_DIM=32, ASPECT_RATIO=40)
     torch.manual_seed(0)
@@ -420,7 +431,7 @@ def weights_after(model, optimizer, steps):
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("fit, tried", [(99, [12]), (3, [12, 6, 3]), (2, [12, 6, 3, 1]), (0, [12, 6, 3, 1])])
+@pytest.mark.parametrize("fit, tried", [(99, [20]), (5, [20, 10, 5]), (2, [20, 10, 5, 1]), (0, [20, 10, 5, 1])])
 def test_warm_up_halves_the_rows_until_a_step_fits_and_leaves_no_trace(build, fit, tried):
     """The memory ends in the middle of the optimizer's step, when half of the weights have moved."""
     def out_of_memory(*args, **options):
@@ -430,7 +441,7 @@ def test_warm_up_halves_the_rows_until_a_step_fits_and_leaves_no_trace(build, fi
         return train.muon_update(*args, **options)
 
     rows, stacks = [], []
-    model, fresh = (build(DEVICE_BATCH_SIZE=12, TOTAL_BATCH_SIZE=12 * 16 * 2) for _ in range(2))
+    model, fresh = (build(DEVICE_BATCH_SIZE=20, TOTAL_BATCH_SIZE=20 * 16 * 2) for _ in range(2))
     optimizer, random_state = optimizer_of(model), torch.get_rng_state()
     loss_backward = model.loss_backward
     model.loss_backward = lambda inputs, *args: rows.append(len(inputs)) or loss_backward(inputs, *args)
@@ -467,7 +478,7 @@ def test_training_learns(constants, prepared, tokenizer):
     gives 2 nats or more, or NaN; what it takes not to notice Nesterov's and the schedules' has tests of its own."""
     constants(VOCAB_SIZE=prepared.VOCAB_SIZE, MAX_SEQ_LEN=64, DEPTH=2, ASPECT_RATIO=32, HEAD_DIM=32, QUERIES_PER_KV=1,
               LOSS_CHUNK=512, EMBEDDING_LR=0.05, MATRIX_LR=0.2, WEIGHT_DECAY=1, MOMENTUM_STEPS=50)
-    assert sum(losses(prepared, tokenizer, 1, 96)[-8:]) / 8 < 1.0  # 0.46 to 0.55 with four seeds
+    assert 0 < sum(losses(prepared, tokenizer, 1, 96)[-8:]) / 8 < 1.0  # 0.46 to 0.55 with four seeds
     assert losses(prepared, tokenizer, 1, 3) == losses(prepared, tokenizer, 1, 3) != losses(prepared, tokenizer, 2, 3)
 
 
