@@ -66,7 +66,8 @@ def main():
     ours = tokens_per_second(prepare.make_dataloader(tokenizer, B, T, "train"), 20)
     theirs = tokens_per_second(scanning_loader(tokenizer, endless_documents()), 1)
     for name, rates in (("make_dataloader", ours), ("tokenize and scan", theirs)):
-        print(f"{name:18} {statistics.median(rates) / 1e6:8.2f} M tokens/s  ({min(rates) / 1e6:.2f} to {max(rates) / 1e6:.2f}, n={ROUNDS})")
+        low, median, high = (f(rates) / 1e6 for f in (min, statistics.median, max))
+        print(f"{name:18} {median:8.2f} M tokens/s  ({low:.2f} to {high:.2f}, n={ROUNDS})")
     print(f"{'ratio':18} {statistics.median(ours) / statistics.median(theirs):8.1f}")
 
 

@@ -2,16 +2,16 @@
 
     uv run tests/bench_train.py [attention] [step] [profile] [overhead] [recipe]     # without a name all five
 
-`recipe` takes most of an hour: nine runs of five minutes, from the faithful constants to those of train.py. On a GPU,
-`step` and `profile` measure the model of the faithful constants.
+`profile` shows what costs time in a step of the train.py that is there, and `step` its speed in passes of several
+sizes. `recipe` takes most of an hour: nine runs of five minutes, from the faithful constants to those of train.py.
 
 Needs the prepared dataset of this machine and prints Markdown tables: medians with the range. On a CPU it runs in
-small, to show that it runs. "Plain" is the same GPT, optimizer and batch, compiled likewise, with whole float32 logits
-and with two waits for the GPU and an .item() in each step.
+small, to show that it runs. "Plain" is the same GPT, optimizer and batch, with the logits of a whole pass at once and
+with two waits for the GPU and an .item() in each step.
 """
 
-import functools
 import gc
+import itertools
 import math
 import os
 import re
@@ -26,9 +26,10 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 import torch
+import torch.nn.functional as F
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
-import bench_loader
 import prepare
 import train
 
@@ -125,12 +126,7 @@ def attention():
 
 
 # ---------------------------------------------------------------------------
-# Steps of the full model
-
-
-def whole_loss(x, weight, targets):
-    """Mean loss with the float32 logits of all tokens at once."""
-    return train.head_loss(x, weight, targets) / targets.numel()
+# Steps
 
 
 class Trainer:
@@ -138,41 +134,44 @@ class Trainer:
 
     def __init__(self):
         torch.manual_seed(42)
-        if CUDA:
-            vars(train).update(FAITHFUL)  # the model that figures have been published for
-        name, attend = train.choose_attention(DEVICE)
-        self.model = model = train.GPT(train.config_from_constants(DTYPE), attend).to(DEVICE)
+        self.model = model = train.GPT(DTYPE).to(DEVICE)
         if CUDA:
             for table in (model.wte, *model.value_embeds.values()):
                 table.to(torch.bfloat16)
-        self.optimizer, whole, compiled = train.make_optimizer(model), whole_loss, train.can_compile(DEVICE)
+        self.optimizer, cross_entropy = train.MuonAdamW(*train.parameter_groups(model), DTYPE), F.cross_entropy
+        compiled = train.can_compile(DEVICE)
         if compiled:
             model.compile()
             self.optimizer.muon_update = torch.compile(train.muon_update, dynamic=False)
-            whole = torch.compile(whole_loss, dynamic=False)
-        self.losses = {"ours": functools.partial(train.GPT.loss, model), "plain": lambda inputs, targets: whole(
-            model.trunk(inputs).flatten(0, 1), model.lm_head.weight, targets.flatten())}
+            cross_entropy = torch.compile(F.cross_entropy, dynamic=False)
+
+        def plain(inputs, targets, share=1.0):
+            loss = cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten()) * share
+            loss.backward()
+            return loss.detach()
+
+        self.losses = {"ours": model.loss_backward, "plain": plain}
         self.tokenizer = prepare.Tokenizer.from_directory()
-        self.rows = train.rows_that_fit(model, torch.cuda.get_device_properties(0).total_memory if CUDA else math.inf)
-        print(f"\nattention {name}, {'compiled' if compiled else 'eager'}, dataset {prepare.dataset_id()}, "
+        attention, self.rows = train.warm_up_fastest(model, self.optimizer, DEVICE)
+        print(f"\nattention {attention}, {'compiled' if compiled else 'eager'}, dataset {prepare.dataset_id()}, "
               f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 class Version:
-    """One way to train the trainer's model: "ours" or "plain", with its loader."""
+    """One way to train the trainer's model: "ours" or "plain", with as many rows of `rows` as fit."""
 
-    def __init__(self, trainer, kind, rows, loader=None):
+    def __init__(self, trainer, kind, rows):
         self.trainer, self.loss, self.waits = trainer, trainer.losses[kind], kind == "plain"
-        loader = loader or prepare.make_dataloader(trainer.tokenizer, rows, T, "train", DEVICE)
-        self.next_batch, self.grad_accum_steps = lambda: next(loader), train.TOTAL_BATCH_SIZE // (rows * T)
+        train.DEVICE_BATCH_SIZE, trainer.model.loss_backward = rows, self.loss
+        self.rows = train.warm_up(trainer.model, trainer.optimizer, DEVICE)
+        loader = prepare.make_dataloader(trainer.tokenizer, self.rows, T, "train", DEVICE)
+        self.next_batch, self.grad_accum_steps = lambda: next(loader), train.TOTAL_BATCH_SIZE // (self.rows * T)
         self.batch, self.rates, self.peak_mb = next(loader), [], 0
-        trainer.model.loss = self.loss
-        train.warm_up(trainer.model, trainer.optimizer, (rows, T), DEVICE)
 
     def run(self, steps):
         """One round: adds its tokens per second to `rates`."""
         model, optimizer, read = self.trainer.model, self.trainer.optimizer, None
-        model.loss = self.loss
+        model.loss_backward = self.loss
         gc.collect()
         gc.disable()  # as train.main
         synchronize()
@@ -197,74 +196,67 @@ class Version:
         self.peak_mb = max(self.peak_mb, train.peak_memory_mb(DEVICE))
 
 
-def alternate(versions, rounds, steps):
-    for version in versions.values():
-        version.run(1)
-        version.rates.clear()  # the first step after a warm-up is slower
-    for i in range(rounds):
-        for version in list(versions.values())[::(-1) ** i]:  # there and back: none is always the one after a rest
-            version.run(steps)
-
-
-def ratio(ours, other):
-    return spread([a / b for a, b in zip(ours.rates, other.rates)], 3)
-
-
-def scanning_loader(tokenizer, rows):
-    """bench_loader's, each batch moved from pinned memory of its own."""
-    bench_loader.B, bench_loader.T = rows, T
-    for batch in bench_loader.scanning_loader(tokenizer, bench_loader.endless_documents()):
-        yield [(t.pin_memory() if CUDA else t).to(DEVICE, non_blocking=True) for t in batch]
-
-
 def step(rounds=5 if CUDA else 2, steps=6 if CUDA else 2):
     trainer = Trainer()
-    rows, peak_mb = trainer.rows, "peak MB" if CUDA else "peak MB of the process so far"
-    versions = {kind: Version(trainer, kind, rows) for kind in ("ours", "plain")}
-    scanning = lambda: Version(trainer, "plain", rows, scanning_loader(trainer.tokenizer, rows))
-    if version := train.attempt("the scanning loader", scanning):  # it wants the text too, not only its tokens
-        versions["plain, scanning loader"] = version
-    alternate(versions, rounds, steps)
-    header(f"{rows} rows a pass, {rounds} alternating rounds of {steps} steps of {train.TOTAL_BATCH_SIZE:,} tokens",
-           "version", "tokens/s", "MFU %", "tokens/s of ours / of it", peak_mb)
-    peak = next((f for name, f in train.PEAK_FLOPS.items() if name in DEVICE_NAME), math.inf)
-    for name, version in versions.items():
-        mfu = 100 * statistics.median(version.rates) * train.flops_per_token(trainer.model) / peak
-        row(name, spread(version.rates), f"{mfu:.2f}", ratio(versions["ours"], version), f"{version.peak_mb:,.0f}")
-    losses = [loss(*versions["ours"].batch[:2]).item() for loss in trainer.losses.values()]
+    header(f"{rounds} alternating rounds of {steps} steps of {train.TOTAL_BATCH_SIZE:,} tokens in passes of some sizes",
+           "rows", "version", "tokens/s", "MFU %", "ours / it", "peak MB" if CUDA else "peak MB of the process so far")
+    flops, peak = train.flops_per_token(trainer.model), train.peak_flops(DEVICE_NAME)
+    for rows in sorted({trainer.rows // 2, trainer.rows, 2 * trainer.rows} - {0}):  # what does not fit is halved
+        if train.TOTAL_BATCH_SIZE % (rows * T):
+            continue
+        versions = {kind: Version(trainer, kind, rows) for kind in trainer.losses}
+        ours, plain = versions.values()
+        for version in versions.values():
+            version.run(1)
+            version.rates.clear()  # the first step after a warm-up is slower
+        for i in range(rounds):
+            for version in (ours, plain)[::(-1) ** i]:  # there and back: none is always the one after a rest
+                version.run(steps)
+        for kind, version in versions.items():
+            mfu = 100 * statistics.median(version.rates) * flops / peak
+            ratio = spread([a / b for a, b in zip(ours.rates, version.rates)], 3)
+            row(version.rows, kind, spread(version.rates), f"{mfu:.2f}", ratio, f"{version.peak_mb:,.0f}")
+        losses = [loss(*ours.batch[:2]).item() for loss in trainer.losses.values()]
+        trainer.model.zero_grad()
     print("\nmean loss of the same weights on the same rows: ours {:.5f}, plain {:.5f}".format(*losses))
 
-    header(f"The same total batch in passes of other sizes, {rounds} alternating rounds of {steps // 2} steps",
-           "rows", "ours tokens/s", "plain tokens/s", "ours / plain", f"ours {peak_mb}", f"plain {peak_mb}")
-    for rows in (16, 32, 64, 128) if CUDA else (8, 16):  # the largest last: it may be out of memory
-        versions = version = None
-        if CUDA:
-            torch.cuda.empty_cache()
-        versions = {kind: Version(trainer, kind, rows) for kind in ("ours", "plain")}
-        alternate(versions, rounds, steps // 2)
-        ours, plain = versions.values()
-        row(rows, spread(ours.rates), spread(plain.rates), ratio(ours, plain), f"{ours.peak_mb:,.0f}",
-            f"{plain.peak_mb:,.0f}")
+
+class Enough(Exception):
+    """So many steps are measured."""
 
 
-def profile(steps=3):
-    trainer = Trainer()
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * CUDA
-    for kind in ("ours", "plain"):
-        version = Version(trainer, kind, trainer.rows)
-        version.run(1)
-        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-            version.run(steps)
-        device = DeviceType.CUDA if CUDA else DeviceType.CPU  # without the ranges that torch.compile names
-        events = [e for e in profiler.key_averages() if e.device_type == device and not e.is_user_annotation]
-        own_ms = lambda e: (e.self_device_time_total if CUDA else e.self_cpu_time_total) / 1000 / steps
-        total, wall = sum(map(own_ms, events)), 1000 * train.TOTAL_BATCH_SIZE / version.rates[-1]
-        what = "kernels" if CUDA else "operators"
-        header(f"{kind}: {steps} profiled steps of {wall:.1f} ms each, {total:.1f} ms of it in {what}",
-               f"{what}, top 15", "calls a step", "ms a step", "share")
-        for event in sorted(events, key=own_ms, reverse=True)[:15]:
-            row(event.key[:100].replace("|", "/"), f"{event.count / steps:.1f}", f"{own_ms(event):.2f}",
-                f"{100 * own_ms(event) / total:.1f} %")
+def profile(steps=3, skipped=20 if CUDA else 5):
+    """Profile train.main as it is, knowing only that it calls train_step(): first to warm up, then in its loop."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * CUDA
+    profiler = torch.profiler.profile(activities=activities, acc_events=True)
+    train_step, calls, times = train.train_step, itertools.count(), []
+
+    def profiled_step(*args, **options):
+        call = next(calls)
+        if call in (skipped, skipped + steps):
+            synchronize()
+            times.append(time.perf_counter())
+            profiler.start() if call == skipped else profiler.stop()
+        if call == skipped + steps:
+            raise Enough
+        return train_step(*args, **options)
+
+    train.train_step = profiled_step
+    try:
+        train.main()
+        raise SystemExit(f"train.main() ended within {skipped + steps} calls of train_step()")
+    except Enough:
+        pass
+    device = DeviceType.CUDA if CUDA else DeviceType.CPU  # without the ranges that torch.compile names
+    events = [e for e in profiler.key_averages() if e.device_type == device and not e.is_user_annotation]
+    own_ms = lambda e: (e.self_device_time_total if CUDA else e.self_cpu_time_total) / 1000 / steps
+    total, wall = sum(map(own_ms, events)), 1000 * (times[1] - times[0]) / steps
+    what = "kernels" if CUDA else "operators"
+    header(f"{steps} profiled steps of {wall:.1f} ms each, {total:.1f} ms of it in {what}",
+           f"{what}, top 15", "calls a step", "ms a step", "share")
+    for event in sorted(events, key=own_ms, reverse=True)[:15]:
+        row(event.key[:100].replace("|", "/"), f"{event.count / steps:.1f}", f"{own_ms(event):.2f}",
+            f"{100 * own_ms(event) / total:.1f} %")
 
 
 # ---------------------------------------------------------------------------
@@ -327,8 +319,7 @@ def main():
     sys.stdout.reconfigure(line_buffering=True)
     if names[0] != "recipe":  # whose runs have one each
         prepare.start_watchdog()
-    torch.set_float32_matmul_precision("high")  # this and the next two as train.main
-    train.keep_compiled_code(prepare.CACHE / "compiled")
+    torch.set_float32_matmul_precision("high")  # this and the next as train.main
     if not CUDA:
         train.keep_freed_memory()
     print(f"\n## {names[0]}: {DEVICE_NAME}, torch {torch.__version__}, profile {train.PROFILE}"
