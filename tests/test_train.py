@@ -498,6 +498,13 @@ def test_every_constant_is_set_in_one_place_and_used():
     assert {name: (stored.count(name), name in loaded) for name in NAMES} == dict.fromkeys(NAMES, (1, True))
 
 
+def test_what_no_published_figure_replaced_has_the_value_of_the_faithful_baseline():
+    faithful = dict(SOFTCAP=15, X0_LAMBDA=0.1, ROPE_BASE=10_000, VE_GATE_CHANNELS=32, SCALAR_LR=0.5, MATRIX_LR=0.04,
+                    ADAM_BETAS=(0.8, 0.95), X0_BETAS=(0.96, 0.95), ADAM_EPS=1e-10, WEIGHT_DECAY=0.2, WARMUP_RATIO=0.0,
+                    MOMENTUM=(0.85, 0.95), MOMENTUM_STEPS=300, NORMUON_BETA2=0.95)
+    assert {name: getattr(train, name) for name in faithful} == faithful
+
+
 @pytest.mark.parametrize("profile", prepare.PROFILES)
 def test_every_profile_has_the_value_of_its_place_in_the_line(monkeypatch, profile):
     monkeypatch.setattr(prepare, "PROFILE", profile)
