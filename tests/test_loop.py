@@ -19,7 +19,7 @@ from conftest import HEADER, REPO, Player, commands, git, stub
 
 PROGRAM = (REPO / "program.md").read_text(encoding="utf-8")
 OTHER_RUN = HEADER + "0123456\t0.900000\t1.0\tkeep\tanother run's best\n"
-Result = namedtuple("Result", "val_bpb memory_gb steps where")
+Result = namedtuple("Result", "val_bpb memory steps device attention", defaults=[0] * 4)
 
 # --- the stage: a repo with the real page and .gitignore, and stubs of what takes minutes
 
@@ -44,14 +44,13 @@ def write_train(folder, text, code):
 
 
 def copy(folder, parent):
-    """The same stage elsewhere."""
     shutil.copytree(folder.parent, parent, dirs_exist_ok=True)
     return parent / folder.name
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory):
-    """A repository in which the human and another run have left things."""
+    """The human and another run have left things there."""
     folder = tmp_path_factory.mktemp("stage") / "autoresearch"
     bin = folder.parent / "bin"
     for path in (bin, folder / "tests"):
@@ -70,10 +69,9 @@ def stage(tmp_path_factory):
     write_train(folder, "baseline", "[0.9979, 0.9999, 0.9959][seed]")  # the noise is 0.0040
     for command in ("init -q -b main", "add .", "commit -q -m start"):
         git(folder, *command.split())
-    for name in ("program.md", "analysis.ipynb", "notes.txt"):
-        (folder / name).write_text("by the human")
-    with (folder / "train.py").open("a") as file:
-        file.write("# by the human")
+    for name in ("program.md", "analysis.ipynb", "train.py", "notes.txt"):
+        with (folder / name).open("a") as file:
+            file.write("# by the human")
     (folder / "results.tsv").write_text(OTHER_RUN)
     return folder
 
@@ -95,8 +93,6 @@ class Agent(Player):
         self.step()
         return super().do(start, **examples)
 
-    # Set-up
-
     def start(self):
         branches = self.do("git branch --list")
         here = re.search(r"^\* \w+/(.+)$", branches, re.MULTILINE)
@@ -114,11 +110,9 @@ class Agent(Player):
             self.do("git commit -am")
         self.do("uv run prepare.py")
         first, *others = [self.run(seed) for seed in (None, 43, 44)]
-        values = [result.val_bpb for result in (first, *others)]
-        self.write_row(first, "keep", f"baseline (noise {max(values) - min(values):.4f}; seed 43: {values[1]:.6f}, "
-                       f"seed 44: {values[2]:.6f}; {first.steps} steps; {first.where})")
-
-    # One run
+        values = [float(result.val_bpb) for result in (first, *others)]
+        self.write_row(first, "keep", f"baseline (noise {max(values) - min(values):.4f}; seed 43: {others[0].val_bpb}, "
+                       f"seed 44: {others[1].val_bpb}; {first.steps} steps; {first.device}, {first.attention})")
 
     def run(self, seed=None):
         """A Result, or None for a crash."""
@@ -129,7 +123,7 @@ class Agent(Player):
                 self.do("uv run train.py", check=False)
             printed = re.findall(r"^\w+: +(.+)$", self.do("grep ", check=False), re.MULTILINE)
             if printed:
-                return Result(float(printed[0]), float(printed[1]) / 1024, int(printed[2]), ", ".join(printed[3:]))
+                return Result(*printed)
             end = self.do("tail -n 50 run.log")
             if "'slip' is not defined" in end:
                 self.step()
@@ -145,11 +139,8 @@ class Agent(Player):
         self.do("git checkout autoresearch/nov21")
         return result
 
-    # The ledger
-
     def write_row(self, result, status, text):
-        """`text` is all that follows the status; %s in it is the first line of the commit."""
-        values = {"0.993200": f"{result.val_bpb:.6f}", "44[.]2": f"{result.memory_gb:.1f}", r"%s \(961 steps\)": text}
+        values = {"0.993200": result.val_bpb, "44[.]2": f"{float(result.memory) / 1024:.1f}", r"%s \(961 steps\)": text}
         self.do("git log -1 --abbrev=7", keep=status, **values)
 
     def remember(self):
@@ -164,8 +155,6 @@ class Agent(Player):
 
     def since(self, row):
         return self.last_rows[self.last_rows.find("\n" + row[0]):]
-
-    # The loop
 
     def idea(self):
         return (self.folder / "train.py").read_text().split("\n")[0][2:]
@@ -191,24 +180,24 @@ class Agent(Player):
             result = self.run()
         keep = result and self.judge(result, side, always)
         if not result:
-            self.write_row(Result(0, 0, 0, ""), "crash", "%s (out of memory)")
+            self.write_row(Result("0.000000"), "crash", "%s (out of memory)")
         if not keep and not side:
             self.undo()
         return keep
 
     def bar(self, result):
-        """The val_bpb to compare `result` with; None if no row and no control has about as many steps."""
+        """The val_bpb of a row or a control with about as many steps, if there is one."""
         known = [(row[1], re.search(r"(\d+) steps", row[4])[1]) for row in (self.best, self.last)]
         known += re.findall(r"control (\S+), (\d+) steps", self.since(self.last))
-        found = [val_bpb for val_bpb, steps in known if abs(result.steps - int(steps)) <= int(steps) / 10]
+        found = [val_bpb for val_bpb, steps in known if abs(int(result.steps) - int(steps)) <= int(steps) / 10]
         return float(found[0]) if found else None
 
     def judge(self, result, side, always):
         bar, remark = self.bar(result), ""
         if not bar:
             control = self.control(self.last[0])
-            bar, remark = control.val_bpb, f"; control {control.val_bpb:.6f}, {control.steps} steps"
-        gain = round(bar - result.val_bpb, 6)
+            bar, remark = float(control.val_bpb), f"; control {control.val_bpb}, {control.steps} steps"
+        gain = round(bar - float(result.val_bpb), 6)
         keep = gain > self.noise or always or "simpler" in self.idea() and gain >= -self.noise / 2
         if not keep and gain > 0 and not side:
             keep, remark = self.another_seed(result)
@@ -219,9 +208,9 @@ class Agent(Player):
         """(Whether the mean of two seeds is lower than the best's by half the noise, both in words)."""
         other = self.run(43).val_bpb
         known = re.search(r"(?:\A\n.*seed 43:|the best) (\d\.\d+)", self.since(self.best))
-        best_other = float(known[1]) if known else self.control(self.best[0], 43).val_bpb
-        gain = (float(self.best[1]) + best_other - result.val_bpb - other) / 2
-        return gain > self.noise / 2, f"; seed 43: {other:.6f}, the best {best_other:.6f}"
+        best_other = known[1] if known else self.control(self.best[0], 43).val_bpb
+        gain = float(self.best[1]) + float(best_other) - float(result.val_bpb) - float(other)
+        return gain / 2 > self.noise / 2, f"; seed 43: {other}, the best {best_other}"
 
     def side_branch(self, ideas):
         self.do("git checkout -B side")
@@ -237,8 +226,6 @@ class Agent(Player):
         if self.done.returncode == 0:
             return self.measure()
         self.do("git cherry-pick --abort")
-
-    # Resuming
 
     def resume(self):
         while self.do("sleep 60; pgrep"):
@@ -330,7 +317,7 @@ def night(stage, tmp_path_factory):
     (agent.folder / "program.md").write_text("edited in the night")
     for name, ideas in groupby(NIGHT, lambda idea: idea.split(":")[0]):
         ideas = {idea: NIGHT[idea].split(" ", 1)[1] for idea in ideas}
-        agent.env["DRIFT"] = str(int(name.startswith("drift")))
+        agent.env["DRIFT"] = str(name.count("drift,"))
         if name.startswith("side"):
             agent.side_branch(ideas)
         else:

@@ -1,7 +1,6 @@
 """docs/many-gpus.md played by a scripted agent with a stub train.py, in one machine and on a real Slurm.
 
-That Slurm is this machine alone: three nodes with four GPUs each, which are links to /dev/null. Its test needs Debian's
-packages slurmctld, slurmd, slurm-client and munge.
+That Slurm is this machine alone: three nodes with four GPUs each, which are links to /dev/null.
 """
 
 import os
@@ -28,10 +27,9 @@ node, gpu = os.environ.get("SLURMD_NODENAME", "here"), os.environ["CUDA_VISIBLE_
 print("ran on", node, gpu, os.environ.get("TORCHINDUCTOR_CACHE_DIR"), flush=True)
 %s
 (stage / "met" / (node + gpu)).touch()
-end = time.monotonic() + 60
-while len(list((stage / "met").iterdir())) < int((stage / "meet").read_text()):
+signal.alarm(60)  # the end, if not so many run at the same time, each with a GPU of its own
+while len(list((stage / "met").iterdir())) < int((stage / "meet").read_text() or 9):
     time.sleep(0.02)
-    assert time.monotonic() < end, "not so many runs at the same time, each with a GPU of its own"
 if (stage / node).exists():
     exec((stage / node).read_text())
 print(f"---\\nval_bpb: {1 - gain + (seed - 42) * 0.0005:.6f}")
@@ -44,7 +42,6 @@ class Agent(Player):
     page, command = PAGE, "xargs -P"
 
     def at(self, slot, start, **how):
-        """Give a command of the page for this slot."""
         return self.do(start, **{r"slots/\d": f"slots/{slot}"}, **how)
 
     def head(self, slot):
@@ -114,7 +111,7 @@ class Agent(Player):
 
 
 def meet(agent, number):
-    """From now on runs end when so many of them have run at the same time, each on a GPU of its own."""
+    """From now on runs end when so many run at the same time, each on a GPU of its own."""
     stage = agent.folder.parent
     shutil.rmtree(stage / "met", ignore_errors=True)
     (stage / "met").mkdir()
@@ -136,13 +133,13 @@ def make_stage(tmp_path, kind=Agent, **env):
     return kind(folder, **env)
 
 
-def check(agent, rows, kept):
-    """The kept rows, {text: val_bpb} and the baseline, are the branch; every row has a commit of its own."""
+def check(agent, **kept):
+    """The baseline and these are kept, and are the branch."""
     branch = git(agent.folder, "log", "--reverse", "--abbrev=7", "--format=%h", "autoresearch/nov21").split()
     assert branch == [row[0] for row in agent.kept()]
-    assert {row[4]: float(row[1]) for row in agent.kept()} == {"baseline (noise 0.0010)": 1} | {
-        f"{text} (953 steps)": number for text, number in kept.items()}
-    assert len(agent.rows()) == len({row[0] for row in agent.rows()}) == rows
+    assert {row[4].split(" (")[0]: float(row[1]) for row in agent.kept()} == {"baseline": 1} | kept
+    assert agent.rows()[0][4] == "baseline (noise 0.0010)"
+    assert len({row[0] for row in agent.rows()}) == len(agent.rows())
     assert git(agent.folder, "status", "--porcelain") == ""
 
 
@@ -151,27 +148,26 @@ def test_rounds_in_one_machine_use_every_gpu_keep_the_wins_and_survive_every_fai
     agent = make_stage(tmp_path)
     agent.set_up()
     assert all(f"ran on here {slot} None\n" in agent.log(slot) for slot in SLOTS)
-    end_the_call = "(stage / 'once').exists() or ((stage / 'once').touch(), time.sleep(1), os.killpg(0, signal.SIGKILL))"
-    changes = ["sys.exit('FAIL: loss is nan')", "os.kill(os.getpid(), signal.SIGKILL)", "slip", end_the_call,
+    changes = ["sys.exit('FAIL: loss is nan')", "os.kill(os.getpid(), signal.SIGKILL)", "slip", "gain -= 0.001",
                "gain += 0.0009", "gain += 0.010", "gain += 0.006"]
     agent.begin(dict(enumerate(enumerate(changes))))
     agent.edit(7, 7, "gain += 0.5")
     baseline = agent.log(7)
-    meet(agent, 9)
+    (tmp_path / "here").write_text("time.sleep(1)\nos.killpg(0, signal.SIGKILL)")
     assert " train.py | 2 +-" in agent.start(SLOTS)
     assert agent.log(7) == baseline  # what was not committed was not run
-    meet(agent, 0)
+    (tmp_path / "here").unlink()
     assert "name 'slip' is not defined" in agent.at(2, "tail -n 50 slots/3")
     agent.edit(2, 2, "gain += 0.007")
     agent.at(2, "git -C slots/3 commit --amend")
     agent = Agent(agent.folder)
     assert agent.finish() == [2, 6] and agent.finish() == []
-    assert [float(row[1]) for row in agent.rows()] == [1, 0, 0, 0.993, 1, 0.9991, 0.99, 0.994]
+    assert [float(row[1]) for row in agent.rows()] == [1, 0, 0, 0.993, 1.001, 0.9991, 0.99, 0.994]
     agent.begin({4: (6, "gain += 0.008")}, [2, 6])
     assert agent.finish() == [2, 6]
     agent.begin({3: (9, "gain += 0.002")}, [2, 6])  # 6 is at rest: its line is that of the last win
     assert agent.finish() == [3]
-    check(agent, 13, {"gain += 0.010": 0.99, "gain += 0.008": 0.982, "slip": 0.975})
+    check(agent, **{"gain += 0.010": 0.99, "gain += 0.008": 0.982, "slip": 0.975})
     agent.at(0, "git -C slots/4 reset", a1b2c3d=agent.kept()[-1][0])
     agent.start([0], [43])
     assert agent.read()[0] == 0.9755  # the same change with another seed
@@ -192,8 +188,7 @@ def test_every_command_of_the_page_is_played():
     assert all(command.startswith(played + others) for command in commands(PAGE))
 
 
-# ---------------------------------------------------------------------------
-# Slurm
+# --- Slurm
 
 NODES = "n1", "n2", "n3"  # filled in this order
 CONFIGURATION = """ClusterName=test
@@ -284,8 +279,9 @@ def test_rounds_on_slurm_use_every_gpu_and_survive_every_failure(cluster, tmp_pa
     agent = make_stage(tmp_path, SlurmAgent, **cluster)
     agent.set_up()
     assert all(f" /tmp/tester-{slot}\n" in agent.log(slot) for slot in SLOTS)  # the folder of compiled code
-    changes = {slot: (slot, f"gain += 0.00{slot}") for slot in SLOTS}
-    agent.begin(changes | {3: (3, "sys.exit('FAIL: loss is nan')")})
+    changes = [f"gain += 0.00{slot}" for slot in SLOTS]
+    changes[3] = "sys.exit('FAIL: loss is nan')"
+    agent.begin(dict(enumerate(enumerate(changes))))
     meet(agent, 9)
     (tmp_path / "n1").write_text("sys.exit('no prepared data; run: uv run prepare.py')")
     (tmp_path / "n2").write_text("os.kill(os.getpid(), signal.SIGKILL)")
@@ -296,7 +292,7 @@ def test_rounds_on_slurm_use_every_gpu_and_survive_every_failure(cluster, tmp_pa
     output("scancel --name=autoresearch/nov21-2")
     output("scontrol update NodeName=n2 State=DOWN Reason=test")
     until(lambda: agent.states()[2] == "CANCELLED")
-    meet(agent, 0)
+    (tmp_path / "meet").write_text("0")
     until(lambda: agent.states() == ["FAILED", "FAILED", "CANCELLED", "FAILED", "COMPLETED"] + ["NODE_FAIL"] * 3)
     assert all("prepare.py" in agent.log(slot).splitlines()[-1] for slot in (0, 1))
     agent.start((0, 1, 5, 6, 7), avoid=" n1")
@@ -304,4 +300,4 @@ def test_rounds_on_slurm_use_every_gpu_and_survive_every_failure(cluster, tmp_pa
     agent.write(2, 0, "crash")
     agent.finish()
     assert [float(row[1]) for row in agent.rows()] == [1, 0, 1, 0.999, 0, 0.996, 0.995, 0.994, 0.993]
-    check(agent, 9, {"gain += 0.007": 0.993})
+    check(agent, **{"gain += 0.007": 0.993})
