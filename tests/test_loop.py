@@ -205,7 +205,7 @@ class Agent(Player):
         return keep
 
     def another_seed(self, result):
-        """(Whether the mean of two seeds is lower than the best's by half the noise, both in words)."""
+        """(Whether the mean of two seeds is good enough, the numbers in words)."""
         other = self.run(43).val_bpb
         known = re.search(r"(?:\A\n.*seed 43:|the best) (\d\.\d+)", self.since(self.best))
         best_other = known[1] if known else self.control(self.best[0], 43).val_bpb
@@ -381,7 +381,7 @@ def end(agent):
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_an_agent_that_dies_at_any_step_is_continued(stage, begun, tmp_path, name):
-    """Another day, without a tag: no row is lost or doubled, what was not kept goes."""
+    """On another day, without a tag: no row is lost or doubled."""
     play, wins = SCENARIOS[name]
     fresh = name == "set-up"
     whole = Agent(copy(stage if fresh else begun, tmp_path / "whole"))
@@ -436,7 +436,7 @@ def test_what_the_human_did_between_two_agents_stays(begun, tmp_path):
 
 @pytest.fixture(scope="module")
 def pair(begun, tmp_path_factory):
-    """The second measures the first's win, the first finds a conflict in the second's."""
+    """One measures the other's win, one finds a conflict in it."""
     first = Agent(copy(begun, tmp_path_factory.mktemp("pair")))
     second = Agent(first.folder.parent / "autoresearch-nov21-gpu1")
     git(first.folder, "worktree", "add", "-q", "-b", "autoresearch/nov21-gpu1", str(second.folder), "HEAD~")

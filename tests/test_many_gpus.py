@@ -4,7 +4,6 @@ That Slurm is this machine alone: three nodes with four GPUs each, which are lin
 """
 
 import os
-import pwd
 import re
 import shutil
 import socket
@@ -33,7 +32,7 @@ while len(list((stage / "met").iterdir())) < int((stage / "meet").read_text() or
 if (stage / node).exists():
     exec((stage / node).read_text())
 print(f"---\\nval_bpb: {1 - gain + (seed - 42) * 0.0005:.6f}")
-''' % "\n\n".join(f"pass  # {number}" for number in range(20))
+''' % "\n\n".join(f"pass  # {number}" for number in range(4))
 
 
 class Agent(Player):
@@ -62,16 +61,17 @@ class Agent(Player):
         first, _, third, *_ = self.read().values()
         self.write(0, first, "keep", f"noise {third - first:.4f}")
 
-    def edit(self, slot, number, code):
+    def edit(self, slot, code):
+        """Slots 0 and 1 change the same line, 2 and 3 the next one."""
         path = self.folder / f"slots/{slot}/train.py"
-        path.write_text(re.sub(rf".*  # {number}\n", lambda _: f"{code}  # {number}\n", path.read_text()))
+        path.write_text(re.sub(rf".*  # {slot // 2}\n", f"{code}  # {slot // 2}\n", path.read_text()))
 
     def begin(self, changes, wins=()):
-        """A round of changes {slot: (line, code)}; the slots in `wins` take their commits along."""
+        """A round of changes {slot: code}; the slots in `wins` take their commits along."""
         wins = {slot: self.head(slot) for slot in wins}
         self.do("seq 0 7 | xargs -I@ git -C slots/@ reset")
-        for slot, (number, code) in changes.items():
-            self.edit(slot, number, code)
+        for slot, code in changes.items():
+            self.edit(slot, code)
             self.at(slot, "git -C slots/3 commit train.py", **{"matrix LR 0.04 -> 0.05": code})
         for slot, commit in wins.items():
             if "CONFLICT" in self.at(slot, "git -C slots/5 cherry-pick a1b2c3d", a1b2c3d=commit, check=False):
@@ -149,28 +149,26 @@ def test_rounds_in_one_machine_use_every_gpu_keep_the_wins_and_survive_every_fai
     agent.set_up()
     assert all(f"ran on here {slot} None\n" in agent.log(slot) for slot in SLOTS)
     changes = ["sys.exit('FAIL: loss is nan')", "os.kill(os.getpid(), signal.SIGKILL)", "slip", "gain -= 0.001",
-               "gain += 0.0009", "gain += 0.010", "gain += 0.006"]
-    agent.begin(dict(enumerate(enumerate(changes))))
-    agent.edit(7, 7, "gain += 0.5")
+               "gain += 0.006", "gain += 0.010", "gain += 0.0009"]
+    agent.begin(dict(enumerate(changes)))
+    agent.edit(7, "gain += 0.5")
     baseline = agent.log(7)
     (tmp_path / "here").write_text("time.sleep(1)\nos.killpg(0, signal.SIGKILL)")
     assert " train.py | 2 +-" in agent.start(SLOTS)
     assert agent.log(7) == baseline  # what was not committed was not run
     (tmp_path / "here").unlink()
     assert "name 'slip' is not defined" in agent.at(2, "tail -n 50 slots/3")
-    agent.edit(2, 2, "gain += 0.007")
+    agent.edit(2, "gain += 0.007")
     agent.at(2, "git -C slots/3 commit --amend")
     agent = Agent(agent.folder)
-    assert agent.finish() == [2, 6] and agent.finish() == []
-    assert [float(row[1]) for row in agent.rows()] == [1, 0, 0, 0.993, 1.001, 0.9991, 0.99, 0.994]
-    agent.begin({4: (6, "gain += 0.008")}, [2, 6])
-    assert agent.finish() == [2, 6]
-    agent.begin({3: (9, "gain += 0.002")}, [2, 6])  # 6 is at rest: its line is that of the last win
+    assert agent.finish() == [2, 4] and agent.finish() == []
+    assert [float(row[1]) for row in agent.rows()] == [1, 0, 0, 0.993, 1.001, 0.994, 0.99, 0.9991]
+    agent.begin({3: "gain += 0.002"}, [2, 4])  # 4 is at rest: its line is that of the win
     assert agent.finish() == [3]
-    check(agent, **{"gain += 0.010": 0.99, "gain += 0.008": 0.982, "slip": 0.975})
+    check(agent, **{"gain += 0.010": 0.99, "slip": 0.983})
     agent.at(0, "git -C slots/4 reset", a1b2c3d=agent.kept()[-1][0])
     agent.start([0], [43])
-    assert agent.read()[0] == 0.9755  # the same change with another seed
+    assert agent.read()[0] == 0.9835  # the same change with another seed
 
 
 def test_another_agent_has_a_worktree_and_leaves_its_ledger(tmp_path):
@@ -238,10 +236,9 @@ def cluster(tmp_path_factory, monkeypatch):
     for number in range(4):
         (folder / f"gpu{number}").symlink_to("/dev/null")
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-3]\n")
-    user = pwd.getpwuid(os.getuid()).pw_name
-    node = "NodeName={} NodeHostname=localhost NodeAddr=127.0.0.1 Port={} CPUs=8 Gres=gpu:4 Weight={}\n"
-    nodes = "".join(node.format(name, free_port(), name[1]) for name in NODES)
-    (folder / "slurm.conf").write_text(CONFIGURATION.format(port=free_port(), user=user, folder=folder) + nodes)
+    node = "NodeName={} NodeHostname=localhost NodeAddr=127.0.0.1 Port={} CPUs=8 Gres=gpu:4\n"
+    nodes = "".join(node.format(name, free_port()) for name in NODES)
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(port=free_port(), user=os.getuid(), folder=folder) + nodes)
     (folder / "key").write_bytes(os.urandom(1024))
     (folder / "key").chmod(0o400)
     munged = "munged -Ff -S {0}/munge --key-file={0}/key --pid-file={0}/pid --log-file={0}/log --seed-file={0}/seed"
@@ -252,7 +249,7 @@ def cluster(tmp_path_factory, monkeypatch):
             processes.append(subprocess.Popen(command.split(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
             until((folder / "munge").exists)
         until(lambda: output("sinfo -h -o %D_%t") == "3_idle\n")
-        yield {"SLURM_CONF": os.environ["SLURM_CONF"], "USER": "tester"}
+        yield dict(SLURM_CONF=os.environ["SLURM_CONF"], USER="tester")
     finally:
         output("scancel --me")
         until(lambda: not output("squeue -h --me"))
@@ -281,7 +278,7 @@ def test_rounds_on_slurm_use_every_gpu_and_survive_every_failure(cluster, tmp_pa
     assert all(f" /tmp/tester-{slot}\n" in agent.log(slot) for slot in SLOTS)  # the folder of compiled code
     changes = [f"gain += 0.00{slot}" for slot in SLOTS]
     changes[3] = "sys.exit('FAIL: loss is nan')"
-    agent.begin(dict(enumerate(enumerate(changes))))
+    agent.begin(dict(enumerate(changes)))
     meet(agent, 9)
     (tmp_path / "n1").write_text("sys.exit('no prepared data; run: uv run prepare.py')")
     (tmp_path / "n2").write_text("os.kill(os.getpid(), signal.SIGKILL)")
