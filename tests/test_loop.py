@@ -174,7 +174,7 @@ class Agent(Player):
         return self.measure(**how)
 
     def measure(self, side=False, always=False):
-        """Steps 3 and 4 for the commit that is there; whether it was kept."""
+        """Steps 3 and 4 for the last commit."""
         result = self.run()
         if result and not self.bar(result):
             result = self.run()
@@ -355,7 +355,7 @@ def test_nothing_that_the_human_left_or_edits_in_the_night_is_lost(night):
     assert (night.folder / "results-nov20.tsv").read_text() == OTHER_RUN
     assert git(night.folder, "check-ignore", "results.tsv")  # no reset, stash or clean -fd loses a row
     left = f"HEAD~{len(WINS)}"
-    assert git(night.folder, "diff", "--name-only", "main", left).split() == ["analysis.ipynb", "program.md", "train.py"]
+    assert git(night.folder, "diff", "--name-only", "main", left) == "analysis.ipynb\nprogram.md\ntrain.py"
     assert git(night.folder, "diff", "--name-only", left, "HEAD") == "train.py"
     assert (night.folder / "program.md").read_text() == "edited in the night"
     assert git(night.folder, "status", "--short").split() == ["M", "program.md", "??", "notes.txt"]

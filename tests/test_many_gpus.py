@@ -55,9 +55,10 @@ class Agent(Player):
     def set_up(self):
         """Slots and baseline, for which all slots run at the same time."""
         self.do("seq 0 7 | xargs -I@ git worktree")
-        meet(self, 8)
+        meet = self.folder.parent / "meet"
+        meet.write_text("8")
         self.start(SLOTS, (42, 43, 44, 42, 42, 42, 42, 42))
-        meet(self, 0)
+        meet.write_text("0")
         first, _, third, *_ = self.read().values()
         self.write(0, first, "keep", f"noise {third - first:.4f}")
 
@@ -82,9 +83,9 @@ class Agent(Player):
         return self.do(self.command, check=False, **{"(?<=END'\n)(.*\n)*(?=END)": lines})
 
     def read(self):
-        """{slot: val_bpb, or 0 for an error} of the slots whose log is of their commit and has an end."""
+        """{slot: val_bpb, or 0 for an error} of the slots whose commit has run to an end."""
         results, text = {}, self.do("grep -e ^commit:", check=False)
-        for slot, commit, val_bpb in re.findall(r"^slots/(.)/.*commit:(.*)(?:\n.*:val_bpb: (.*))?$", text, re.MULTILINE):
+        for slot, commit, val_bpb in re.findall(r"slots/(.)/.*commit:(.*)(?:\n.*:val_bpb: (.*))?", text):
             if commit == self.head(slot) and (val_bpb or re.search("FAIL:|Error:", self.log(slot))):
                 results[int(slot)] = float(val_bpb or 0)
         return results
@@ -110,19 +111,11 @@ class Agent(Player):
         return wins[1:]
 
 
-def meet(agent, number):
-    """From now on runs end when so many run at the same time, each on a GPU of its own."""
-    stage = agent.folder.parent
-    shutil.rmtree(stage / "met", ignore_errors=True)
-    (stage / "met").mkdir()
-    (stage / "meet").write_text(str(number))
-
-
 def make_stage(tmp_path, kind=Agent, **env):
     """An agent in a repository with a stub train.py."""
     folder, bin = tmp_path / "autoresearch", tmp_path / "bin"
-    folder.mkdir()
-    bin.mkdir()
+    for path in (folder, bin, tmp_path / "met"):
+        path.mkdir()
     stub(bin / "uv", f'[ "$*" = "run --no-sync --project ../.. train.py" ] && exec {sys.executable} -S -E train.py')
     shutil.copy(REPO / ".gitignore", folder)
     (folder / "train.py").write_text(TRAIN)
@@ -137,8 +130,7 @@ def check(agent, **kept):
     """The baseline and these are kept, and are the branch."""
     branch = git(agent.folder, "log", "--reverse", "--abbrev=7", "--format=%h", "autoresearch/nov21").split()
     assert branch == [row[0] for row in agent.kept()]
-    assert {row[4].split(" (")[0]: float(row[1]) for row in agent.kept()} == {"baseline": 1} | kept
-    assert agent.rows()[0][4] == "baseline (noise 0.0010)"
+    assert {row[4]: float(row[1]) for row in agent.kept()} == {"baseline (noise 0.0010)": 1} | kept
     assert len({row[0] for row in agent.rows()}) == len(agent.rows())
     assert git(agent.folder, "status", "--porcelain") == ""
 
@@ -165,7 +157,7 @@ def test_rounds_in_one_machine_use_every_gpu_keep_the_wins_and_survive_every_fai
     assert [float(row[1]) for row in agent.rows()] == [1, 0, 0, 0.993, 1.001, 0.994, 0.99, 0.9991]
     agent.begin({3: "gain += 0.002"}, [2, 4])  # 4 is at rest: its line is that of the win
     assert agent.finish() == [3]
-    check(agent, **{"gain += 0.010": 0.99, "slip": 0.983})
+    check(agent, **{"gain += 0.010 (953 steps)": 0.99, "slip (953 steps)": 0.983})
     agent.at(0, "git -C slots/4 reset", a1b2c3d=agent.kept()[-1][0])
     agent.start([0], [43])
     assert agent.read()[0] == 0.9835  # the same change with another seed
@@ -279,7 +271,7 @@ def test_rounds_on_slurm_use_every_gpu_and_survive_every_failure(cluster, tmp_pa
     changes = [f"gain += 0.00{slot}" for slot in SLOTS]
     changes[3] = "sys.exit('FAIL: loss is nan')"
     agent.begin(dict(enumerate(changes)))
-    meet(agent, 9)
+    (tmp_path / "meet").write_text("9")
     (tmp_path / "n1").write_text("sys.exit('no prepared data; run: uv run prepare.py')")
     (tmp_path / "n2").write_text("os.kill(os.getpid(), signal.SIGKILL)")
     agent.start(SLOTS, wait=False)
@@ -297,4 +289,4 @@ def test_rounds_on_slurm_use_every_gpu_and_survive_every_failure(cluster, tmp_pa
     agent.write(2, 0, "crash")
     agent.finish()
     assert [float(row[1]) for row in agent.rows()] == [1, 0, 1, 0.999, 0, 0.996, 0.995, 0.994, 0.993]
-    check(agent, **{"gain += 0.007": 0.993})
+    check(agent, **{"gain += 0.007 (953 steps)": 0.993})
