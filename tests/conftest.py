@@ -66,6 +66,30 @@ def git(folder, *args):
     return done.stdout.strip()
 
 
+class Player:
+    """Gives the commands of `page` in `folder`, with a tag in the place of nov21."""
+
+    def __init__(self, folder, tag="nov21", **env):
+        self.folder, self.tag, self.env, self.played = folder, tag, environment(folder) | env, []
+
+    def do(self, start, *, check=True, **examples):
+        """Give the shortest command that begins with `start`, each example (a pattern) replaced; what it prints."""
+        command = min((command for command in commands(self.page) if command.startswith(start)), key=len)
+        self.played.append(command)
+        command = command.replace("nov21", self.tag)
+        for example, value in examples.items():
+            assert re.search(example, command), (example, command)
+            command = re.sub(example, lambda _: value, command)
+        self.done = subprocess.run(["bash", "-c", command], cwd=self.folder, env=self.env, capture_output=True,
+                                   text=True, timeout=120, start_new_session=True)
+        assert not check or self.done.returncode == 0, self.done
+        return self.done.stdout
+
+    def rows(self):
+        ledger = self.folder / "results.tsv"
+        return [line.split("\t") for line in ledger.read_text().splitlines()[1:]] if ledger.exists() else []
+
+
 def run_python(*args, **env):
     """Run Python in the repo as a user would."""
     return subprocess.run([sys.executable, *args], cwd=REPO, env=os.environ | env, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Claude Code's settings allow what program.md and docs/many-gpus.md tell an agent to do, and nothing else."""
+"""Claude Code's settings allow what program.md and docs/many-gpus.md tell an agent, and nothing else."""
 
 import json
 import re
@@ -33,8 +33,8 @@ def rules(kind, tool):
 def test_the_settings_allow_every_command_of_the_pages_and_nothing_else():
     parts = ["SEED=44 uv run train.py"]
     for path in (REPO / "program.md", REPO / "docs/many-gpus.md"):
-        text = path.read_text() if path.exists() else ""
-        text = re.sub(r"\n## Several agents\n.*?(\nFor the agent|\Z)", "", text, flags=re.DOTALL)  # what the human does there
+        human = r"\n## Several agents\n.*?(\nFor the agent|\Z)"
+        text = re.sub(human, "", path.read_text(), flags=re.DOTALL)
         parts += [part for block in commands(text) for part in simple_commands(block)]
     for part in parts:
         assert any(matches(rule, part) for rule in rules("allow", "Bash")), part
