@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -63,9 +62,3 @@ def test_the_top_level_has_nothing_else():
     top = {name.split("/")[0] for name in tracked()}
     assert top <= {"prepare.py", "train.py", "program.md", "analysis.ipynb", "pyproject.toml", "README.md", "tests", ".ci",
                    "LICENSE", ".gitignore", ".claude", "docs"}
-
-
-def test_help_of_prepare_names_its_options():
-    done = subprocess.run([sys.executable, "prepare.py", "--help"], cwd=REPO, capture_output=True, text=True)
-    assert "--num-shards" in done.stdout and "--download-workers" in done.stdout
-    assert {"--num-shards", "--download-workers"} >= set(re.findall(r"--(?:num|down)[\w-]+", README.read_text()))
