@@ -292,6 +292,7 @@ def test_every_token_is_used_once_per_epoch_and_no_row_is_padded(sizes, T, buffe
     documents = [list(range(end - size, end)) for end, size in zip(ends, sizes)]
     for row, epoch in rows_of(documents, T, 2 * total + 2, buffer_size):  # a row holds a token at least
         assert row[0] == BOS and len(row) == T + 1
+        assert [BOS, BOS] not in map(list, zip(row, row[1:])), "a piece of nothing"
         stream += [token for token in row if token != BOS]
         assert (epoch - 1) * total <= len(stream) <= epoch * total
     for epoch in range(2):
