@@ -2,20 +2,15 @@
 
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
 import prepare
+from conftest import REPO, git
 
-REPO = Path(__file__).parents[1]
 README, PROGRAM, BASELINE, GPUS = (REPO / name for name in (
     "README.md", "program.md", "docs/baseline.md", "docs/many-gpus.md"))
 PAGES = pytest.mark.parametrize("path", [README, PROGRAM, BASELINE, GPUS], ids=lambda path: path.name)
-
-
-def tracked():
-    return subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True).stdout.split()
 
 
 def commands(path):
@@ -59,6 +54,6 @@ def test_the_table_of_the_baseline_has_the_constants_of_the_recipe_and_of_train(
 
 
 def test_the_top_level_has_nothing_else():
-    top = {name.split("/")[0] for name in tracked()}
+    top = {name.split("/")[0] for name in git(REPO, "ls-files").split()}
     assert top <= {"prepare.py", "train.py", "program.md", "analysis.ipynb", "pyproject.toml", "README.md", "tests", ".ci",
                    "LICENSE", ".gitignore", ".claude", "docs"}

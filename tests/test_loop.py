@@ -258,15 +258,12 @@ class Agent(Player):
 
 NIGHT = {  # idea: its status, and what train.py gives; the best starts at 0.9979
     "embedding LR 0.6 -> 0.8": "keep 0.9932",
-    "it's a \"test\" of `ls` $HOME $(touch pwned); rm -rf . # \\n %s %h ' || git push & > train.py *": "keep 0.9880",
-    "100 % wider: ümlaut, 中文, 🙂, and\ta tab": "discard 0.9895",  # higher, within the noise, not simpler
+    "it's a \"test\" of `ls` $(touch pwned); rm -rf . # \\n %s %h ' || git push & > x *, ümlaut, 🙂, a\ttab": "keep 0.9880",
     "tie with luck": "discard [0.9860, 0.9920][seed]",  # means 0.9890 and 0.9880
     "tie that holds": "keep [0.9865, 0.9835][seed]",  # means 0.9850 and 0.9880
     "simpler": "keep 0.9884",  # 0.0019 above the best
     "simpler again": "discard 0.9886",  # 0.0021 above the best
-    "model twice as wide": "crash 1 / 0",
     "a slip": "keep slip or 0.9820",
-    "exactly as good": "discard 0.9820",
     "hangs": "crash time.sleep(60)",
     "killed, twice": "crash kill()",
     "killed, once": "discard kill() if first else 0.9900",
@@ -274,14 +271,13 @@ NIGHT = {  # idea: its status, and what train.py gives; the best starts at 0.997
     "side A: first half": "discard 1.0000",
     "side A: second half": "keep 0.9600",
     "side B: error": "crash 1 / 0",
-    "side B: hopeless": "discard 0.9900",
     "side B: given up": "discard 0.9580",  # within the noise
     "after the side branches": "keep 0.9550",
     "drift, no gain": "discard 0.9550",  # 0.9650, as its control
     "drift, a gain": "keep 0.9500",  # 0.9600, and the control of the row before
     "drift, no second gain": "discard 0.9500",  # 0.9600 as the last kept row
     "no drift": "keep 0.9450",
-} | {f"worse {number}": "discard 0.9500" for number in range(6)}
+} | {f"worse {number}": "discard 0.9500" for number in range(10)}
 WINS = [idea for idea in NIGHT if NIGHT[idea].startswith("keep") or idea == "side A: first half"]
 BASELINE = "baseline (noise 0.0040; seed 43: 0.999900, seed 44: 0.995900; 953 steps; NVIDIA H100, fa3)"
 
@@ -365,7 +361,6 @@ def test_nothing_that_the_human_left_or_edits_in_the_night_is_lost(night):
 
 SCENARIOS = {
     "set-up": (Agent.start, []),
-    "two seeds": (lambda agent: agent.experiment("idea", "[0.9890, 0.9990][seed]"), ["win"]),
     "slip": (lambda agent: agent.experiment("idea", "slip or 0.9800"), ["win", "idea"]),
     "side branch": (lambda agent: agent.side_branch({"half": "1.1", "idea": "0.9700"}), ["win", "half", "idea"]),
 }
@@ -416,18 +411,16 @@ def test_a_run_that_outlives_its_agent_is_waited_for_and_an_editor_is_not(begun,
 
 
 def test_what_the_human_did_between_two_agents_stays(begun, tmp_path):
-    """Their commit on the branch is kept, their edit of train.py measured, another edit in the way committed."""
+    """Their commit on the branch is kept, their edit in the way committed."""
     agent = Agent(copy(begun, tmp_path))
     (agent.folder / "program.md").write_text("a new direction")
     git(agent.folder, "commit", "-qam", "new direction")
     agent.start()
     assert not agent.experiment("idea", "1.1000")
-    write_train(agent.folder, "the human's idea", "0.9800")
-    agent.start()
     git(agent.folder, "checkout", "-q", "main")
     (agent.folder / "program.md").write_text("edited on main")
     agent.start()
-    assert subjects(agent.folder)[1:] == ["win", "new direction", "the human's idea"]
+    assert subjects(agent.folder)[1:] == ["win", "new direction"]
     assert git(agent.folder, "show", "main:program.md") == "edited on main"
 
 
