@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import warnings
 
 import matplotlib.pyplot as plt
@@ -72,13 +71,13 @@ def repository(folder):
 def own_world(tmp_path_factory):
     """No configuration and no repository of the machine reaches a test."""
     plt.switch_backend("Agg")
+    base = str(tmp_path_factory.getbasetemp())
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("GIT_DIR", "GIT_INDEX_FILE", "MPLBACKEND"):
-            patch.delenv(name, raising=False)
-        base = str(tmp_path_factory.getbasetemp())
-        for name, value in dict(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_SYSTEM=os.devnull,
-                                GIT_CEILING_DIRECTORIES=base, IPYTHONDIR=f"{base}/ipython").items():
-            patch.setenv(name, value)
+        patch.delenv("GIT_DIR", raising=False)
+        patch.delenv("MPLBACKEND", raising=False)
+        patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+        patch.setenv("GIT_CEILING_DIRECTORIES", base)
+        patch.setenv("IPYTHONDIR", f"{base}/ipython")
         yield
 
 
@@ -216,9 +215,6 @@ def test_the_staircase_shows_every_run_and_names_the_largest_gains_readably(tmp_
     assert low < run.best.min() < 0.9979 < high < 1.1
     scored = run.val_bpb.dropna()
     assert [dots[i] for i in scored.index] == pytest.approx(list(scored.clip(low, high)))
-    legend = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert f"discard, off the axis ({sum(scored > high)})" in legend and sum(scored > high) >= n // 5
-    assert sum(int(count) for count in re.findall(r"\((\d+)\)", " ".join(legend))) == n
     changes = run[run.status == "keep"].iloc[1:].nlargest(names["LABELS"], "gain")
     assert sorted(text.get_text()[:7] for text in ax.texts) == sorted(f"{-gain:+.4f}" for gain in changes.gain)
     assert sum(text.get_weight() == "bold" for text in ax.texts) == sum(changes.clear) > 0
@@ -257,5 +253,3 @@ def test_trust_counts_kept_rows_on_the_branch_and_names_other_files(tmp_path, na
     (folder / "program.md").write_text("edited and not committed")
     run.loc[4, "commit"] = commit(folder, "train.py", "3")
     assert names["trust"](run, path)["files touched besides train.py"] == "prepare.py, program.md"
-    git(folder, "checkout", "-q", "-f", "main")
-    assert names["trust"](run, folder / "results-nov21.tsv")["kept rows on the branch"].startswith("3 of 4")

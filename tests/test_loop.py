@@ -173,12 +173,12 @@ class Agent(Player):
         self.commit()
         return self.measure(**how)
 
-    def measure(self, side=False, always=False):
+    def measure(self, side=False):
         """Steps 3 and 4 for the last commit."""
         result = self.run()
         if result and not self.bar(result):
             result = self.run()
-        keep = result and self.judge(result, side, always)
+        keep = result and self.judge(result, side)
         if not result:
             self.write_row(Result("0.000000"), "crash", "%s (out of memory)")
         if not keep and not side:
@@ -192,13 +192,13 @@ class Agent(Player):
         found = [val_bpb for val_bpb, steps in known if abs(int(result.steps) - int(steps)) <= int(steps) / 10]
         return float(found[0]) if found else None
 
-    def judge(self, result, side, always):
+    def judge(self, result, side):
         bar, remark = self.bar(result), ""
         if not bar:
             control = self.control(self.last[0])
             bar, remark = float(control.val_bpb), f"; control {control.val_bpb}, {control.steps} steps"
         gain = round(bar - float(result.val_bpb), 6)
-        keep = gain > self.noise or always or "simpler" in self.idea() and gain >= -self.noise / 2
+        keep = gain > self.noise or "simpler" in self.idea() and gain >= -self.noise / 2
         if not keep and gain > 0 and not side:
             keep, remark = self.another_seed(result)
         self.write_row(result, "keep" if keep else "discard", f"%s ({result.steps} steps{remark})")
@@ -239,15 +239,12 @@ class Agent(Player):
                 self.commit()
             else:
                 self.do("git commit --amend")
-        self.do("git checkout autoresearch/nov21", check=False)
-        if self.done.returncode:
-            self.do("git commit -am")
-            self.do("git checkout autoresearch/nov21")
+        self.do("git checkout autoresearch/nov21")
         self.remember()
         if self.has_row():
             self.undo()
         else:
-            self.measure(always="+++ b/train.py" not in self.do("git show", a1b2c3d="HEAD"))
+            self.measure()
 
     def has_row(self):
         head = self.do("git log -n 30").split()[1]
@@ -258,7 +255,7 @@ class Agent(Player):
 
 NIGHT = {  # idea: its status, and what train.py gives; the best starts at 0.9979
     "embedding LR 0.6 -> 0.8": "keep 0.9932",
-    "it's a \"test\" of `ls` $(touch pwned); rm -rf . # \\n %s %h ' || git push & > x *, ümlaut, 🙂, a\ttab": "keep 0.9880",
+    "it's a \"test\" of `ls` $(touch pwned); rm -rf . # \\n %s ' || git push > *, ümlaut, 🙂, a\ttab": "keep 0.9880",
     "tie with luck": "discard [0.9860, 0.9920][seed]",  # means 0.9890 and 0.9880
     "tie that holds": "keep [0.9865, 0.9835][seed]",  # means 0.9850 and 0.9880
     "simpler": "keep 0.9884",  # 0.0019 above the best
@@ -408,20 +405,6 @@ def test_a_run_that_outlives_its_agent_is_waited_for_and_an_editor_is_not(begun,
         editor.kill()
     assert "".join(agent.played).count("sleep 60") > 1
     assert ledger(agent)["idea"][0] == "0.980000"
-
-
-def test_what_the_human_did_between_two_agents_stays(begun, tmp_path):
-    """Their commit on the branch is kept, their edit in the way committed."""
-    agent = Agent(copy(begun, tmp_path))
-    (agent.folder / "program.md").write_text("a new direction")
-    git(agent.folder, "commit", "-qam", "new direction")
-    agent.start()
-    assert not agent.experiment("idea", "1.1000")
-    git(agent.folder, "checkout", "-q", "main")
-    (agent.folder / "program.md").write_text("edited on main")
-    agent.start()
-    assert subjects(agent.folder)[1:] == ["win", "new direction"]
-    assert git(agent.folder, "show", "main:program.md") == "edited on main"
 
 
 # --- two agents on one repository

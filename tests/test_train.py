@@ -1,7 +1,6 @@
 """Model, attention, optimizer, schedules and the run."""
 
 import ast
-import functools
 import math
 import os
 import re
@@ -232,13 +231,12 @@ def test_initial_weights_follow_the_recipe_and_predict_the_uniform_distribution(
     torch.manual_seed(0)
     model = train.GPT(torch.float32)
     assert abs(model.wte.weight.std() - 1) < 0.01 and abs(model.lm_head.weight.std() - 0.001) < 1e-5
-    drawn = [table.weight for table in model.value_embeds.values()]
-    for block in model.blocks:
-        drawn += [block.attn.q.weight, block.attn.k.weight, block.attn.v.weight, block.mlp.fc.weight]
-        assert not block.attn.proj.weight.any() and not block.mlp.proj.weight.any()
-    for weight in drawn:
-        assert abs(weight.std() - 128**-0.5) < 0.003 and weight.abs().max() <= (3 / 128) ** 0.5
-    assert list(model.value_embeds) == ["0", "2"] and not model.blocks[2].attn.ve_gate.weight.any()
+    attn, mlp = model.blocks[2].attn, model.blocks[2].mlp
+    for part in (*model.value_embeds.values(), attn.q, attn.k, attn.v, mlp.fc):
+        assert abs(part.weight.std() - 128**-0.5) < 0.003 and part.weight.abs().max() <= (3 / 128) ** 0.5
+    for part in (attn.proj, mlp.proj, attn.ve_gate):
+        assert not part.weight.any()
+    assert list(model.value_embeds) == ["0", "2"]
     assert (model.resid_lambdas == 1).all() and (model.x0_lambdas == train.X0_LAMBDA).all()
     assert abs(model.loss_backward(*random_batch()[:2]).item() - math.log(2000)) < 0.01
 

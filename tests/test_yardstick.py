@@ -154,19 +154,6 @@ def buffered():
     return Table(lambda logits, inputs: buffer.resize_(logits.shape).copy_(copying(logits, inputs)))
 
 
-def recogniser():
-    """Copies the answers of a row that begins like one it has seen."""
-    rows = {}
-
-    def recall(logits, inputs):
-        ids = inputs.tolist()
-        again = torch.tensor([tuple(row[:8]) in rows for row in ids])
-        known = torch.tensor([rows.setdefault(tuple(row[:8]), row) for row in ids])
-        return torch.where(again[:, None, None], copying(logits, known), logits)
-
-    return Table(recall)
-
-
 def memory():
     """Carries the end of the batch before over to the next one."""
     last = [0]
@@ -182,7 +169,6 @@ GPTS = {  # wrong GPTs: (how to make one, message)
     "1 % of the mean over time": (in_layer(lambda x: x - 0.01 * x.mean(1, keepdim=True)), AHEAD),
     "n-grams that look ahead": (bigrams_ahead, AHEAD),
     "1 % of the mean over rows": (in_layer(lambda x: x - 0.01 * x.mean(0, keepdim=True)), MIXED),
-    "1 % of the row before": (in_layer(lambda x: x + 0.01 * x.roll(1, 0)), MIXED),
     "dropout of 1 % that eval() does not reach": (in_layer(lambda x: F.dropout(x, 0.01, training=True)), MIXED),
 }
 TABLES = {  # wrong tables: (how to make one, message)
@@ -191,7 +177,6 @@ TABLES = {  # wrong tables: (how to make one, message)
     "copies the next token into a buffer that is used again": (buffered, AHEAD),
     "statistics of the batch": (lambda: Table(lambda x, ids: F.batch_norm(x.mT, None, None, training=True).mT), MIXED),
     "state carried between calls": (memory, MIXED),
-    "recognises rows": (recogniser, MIXED),
     "one logit too few": (lambda: Table(lambda x, ids: x[..., :-1]), SHAPE),
     "a pair": (lambda: Table(lambda x, ids: (x, None)), SHAPE),
     "NaN": (lambda: Table(lambda x, ids: x * math.nan), INFINITE),
