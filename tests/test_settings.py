@@ -44,8 +44,8 @@ def test_the_settings_allow_every_command_of_the_pages_and_nothing_else():
 
 
 @pytest.mark.parametrize("command", [
-    "uv add numpy", "uv run python", "uv run pytest", "pip install numpy", "rm results.tsv", "mv prepare.py x", "python3 x.py",
-    "git push", "git stash", "git clean -fdx", "git checkout main", "git checkout HEAD prepare.py", "git reset --hard HEAD~1",
+    "uv add numpy", "uv run python", "uv run pytest", "pip install numpy", "rm results.tsv", "python3 x.py", "git push",
+    "git stash", "git clean -fdx", "git checkout main", "git checkout HEAD prepare.py", "git reset --hard HEAD~1",
     "git commit -am x", "git commit prepare.py -F -", "git add .", "git branch -D main", "git config user.name x",
     "sed -i s/a/b/ prepare.py", "tee prepare.py", "curl localhost", "AUTORESEARCH_HOLDOUT=1 uv run train.py",
 ])
@@ -54,7 +54,8 @@ def test_the_settings_do_not_allow(command):
 
 
 def test_the_settings_let_the_agent_edit_train_py_its_log_and_its_ledger_alone():
-    assert [rule for rule in rules("allow", "Edit") if "slots" not in rule] == ["./train.py", "./run.log", "./results.tsv"]
+    allowed = [rule for rule in rules("allow", "Edit") if "slots" not in rule]
+    assert allowed == ["./train.py", "./run.log", "./results.tsv"]
     denied = [rule[2:].replace("**", ".*") for rule in rules("deny", "Edit")]
     tracked = git(REPO, "ls-files").splitlines()
     assert [name for name in tracked if not any(re.match(rule, name) for rule in denied)] == ["train.py"]
