@@ -173,12 +173,12 @@ class Agent(Player):
         self.commit()
         return self.measure(**how)
 
-    def measure(self, side=False):
+    def measure(self, side=False, always=False):
         """Steps 3 and 4 for the last commit."""
         result = self.run()
         if result and not self.bar(result):
             result = self.run()
-        keep = result and self.judge(result, side)
+        keep = result and self.judge(result, side, always)
         if not result:
             self.write_row(Result("0.000000"), "crash", "%s (out of memory)")
         if not keep and not side:
@@ -192,13 +192,13 @@ class Agent(Player):
         found = [val_bpb for val_bpb, steps in known if abs(int(result.steps) - int(steps)) <= int(steps) / 10]
         return float(found[0]) if found else None
 
-    def judge(self, result, side):
+    def judge(self, result, side, always):
         bar, remark = self.bar(result), ""
         if not bar:
             control = self.control(self.last[0])
             bar, remark = float(control.val_bpb), f"; control {control.val_bpb}, {control.steps} steps"
         gain = round(bar - float(result.val_bpb), 6)
-        keep = gain > self.noise or "simpler" in self.idea() and gain >= -self.noise / 2
+        keep = gain > self.noise or always or "simpler" in self.idea() and gain >= -self.noise / 2
         if not keep and gain > 0 and not side:
             keep, remark = self.another_seed(result)
         self.write_row(result, "keep" if keep else "discard", f"%s ({result.steps} steps{remark})")
@@ -239,12 +239,15 @@ class Agent(Player):
                 self.commit()
             else:
                 self.do("git commit --amend")
-        self.do("git checkout autoresearch/nov21")
+        self.do("git checkout autoresearch/nov21", check=False)
+        if self.done.returncode:
+            self.do("git commit -am")
+            self.do("git checkout autoresearch/nov21")
         self.remember()
         if self.has_row():
             self.undo()
         else:
-            self.measure()
+            self.measure(always="+++ b/train.py" not in self.do("git show", a1b2c3d="HEAD"))
 
     def has_row(self):
         head = self.do("git log -n 30").split()[1]
@@ -255,7 +258,8 @@ class Agent(Player):
 
 NIGHT = {  # idea: its status, and what train.py gives; the best starts at 0.9979
     "embedding LR 0.6 -> 0.8": "keep 0.9932",
-    "it's a \"test\" of `ls` $(touch pwned); rm -rf . # \\n %s ' || git push > *, ümlaut, 🙂, a\ttab": "keep 0.9880",
+    "it's a \"test\" of `ls` $HOME $(touch pwned); rm -rf . # \\n %s %h ' || git push & > train.py *": "keep 0.9880",
+    "100 % wider: ümlaut, 中文, 🙂, and\ta tab": "discard 0.9895",  # higher, within the noise, not simpler
     "tie with luck": "discard [0.9860, 0.9920][seed]",  # means 0.9890 and 0.9880
     "tie that holds": "keep [0.9865, 0.9835][seed]",  # means 0.9850 and 0.9880
     "simpler": "keep 0.9884",  # 0.0019 above the best
@@ -274,7 +278,7 @@ NIGHT = {  # idea: its status, and what train.py gives; the best starts at 0.997
     "drift, a gain": "keep 0.9500",  # 0.9600, and the control of the row before
     "drift, no second gain": "discard 0.9500",  # 0.9600 as the last kept row
     "no drift": "keep 0.9450",
-} | {f"worse {number}": "discard 0.9500" for number in range(10)}
+} | {f"worse {number}": "discard 0.9500" for number in range(9)}
 WINS = [idea for idea in NIGHT if NIGHT[idea].startswith("keep") or idea == "side A: first half"]
 BASELINE = "baseline (noise 0.0040; seed 43: 0.999900, seed 44: 0.995900; 953 steps; NVIDIA H100, fa3)"
 
@@ -358,6 +362,7 @@ def test_nothing_that_the_human_left_or_edits_in_the_night_is_lost(night):
 
 SCENARIOS = {
     "set-up": (Agent.start, []),
+    "two seeds": (lambda agent: agent.experiment("idea", "[0.9890, 0.9990][seed]"), ["win"]),
     "slip": (lambda agent: agent.experiment("idea", "slip or 0.9800"), ["win", "idea"]),
     "side branch": (lambda agent: agent.side_branch({"half": "1.1", "idea": "0.9700"}), ["win", "half", "idea"]),
 }
@@ -405,6 +410,22 @@ def test_a_run_that_outlives_its_agent_is_waited_for_and_an_editor_is_not(begun,
         editor.kill()
     assert "".join(agent.played).count("sleep 60") > 1
     assert ledger(agent)["idea"][0] == "0.980000"
+
+
+def test_what_the_human_did_between_two_agents_stays(begun, tmp_path):
+    """Their commit on the branch is kept, their edit of train.py measured, another edit in the way committed."""
+    agent = Agent(copy(begun, tmp_path))
+    (agent.folder / "program.md").write_text("a new direction")
+    git(agent.folder, "commit", "-qam", "new direction")
+    agent.start()
+    assert not agent.experiment("idea", "1.1000")
+    write_train(agent.folder, "the human's idea", "0.9800")
+    agent.start()
+    git(agent.folder, "checkout", "-q", "main")
+    (agent.folder / "program.md").write_text("edited on main")
+    agent.start()
+    assert subjects(agent.folder)[1:] == ["win", "new direction", "the human's idea"]
+    assert git(agent.folder, "show", "main:program.md") == "edited on main"
 
 
 # --- two agents on one repository

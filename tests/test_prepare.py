@@ -1,6 +1,5 @@
 """Text, tokenizer, token files and rows."""
 
-import base64
 import itertools
 import os
 import runpy
@@ -207,17 +206,6 @@ def test_a_line_of_a_megabyte_comes_back_within_seconds(tokenizer):
 
 def test_numbers_are_cut_into_groups_of_two():
     assert max(map(len, prepare.Tokenizer.train(["1234567 " * 99], 263).ranks)) == 2
-
-
-def test_the_tokenizer_is_saved_as_text_if_it_gives_text_back(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
-    (path,) = tmp_path.iterdir()
-    lines = map(str.split, path.read_text(encoding="ascii").splitlines())
-    assert {base64.b64decode(token): int(rank) for token, rank in lines} == tokenizer.ranks
-    path.unlink()
-    with pytest.raises(SystemExit, match="does not give text back"):
-        type("Broken", (prepare.Tokenizer,), {"decode": lambda self, ids: "?"})(tokenizer.ranks).save(tmp_path)
-    assert not path.exists()
 
 
 def test_the_tokenizer_does_not_depend_on_the_number_of_shards(monkeypatch, constants):
