@@ -547,7 +547,6 @@ def test_the_clock_counts_every_step_and_stops_at_the_first_one_past_the_budget(
 
 
 def test_a_last_step_that_overruns_the_budget_gives_no_number(short_run):
-    """Two steps of 290 s would have trained for twice the time."""
     short_run.setattr(train, "TIME_BUDGET", 300.0)
     short_run.step_seconds = 290.0
     with pytest.raises(SystemExit, match="^FAIL: 580 s of training in 2 steps: lower TOTAL_BATCH_SIZE=1024 or"):
@@ -611,6 +610,6 @@ def test_expected_failures_end_in_one_line_and_others_in_a_traceback(monkeypatch
 
 @pytest.mark.parametrize("name, teraflops", [
     ("NVIDIA RTX A1000", math.inf), ("NVIDIA GeForce RTX 4090 Laptop GPU", math.inf),
-    ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 989.5)])
+    ("NVIDIA H100 PCIe", 756)])
 def test_peak_flops_are_found_by_whole_words(name, teraflops):
     assert train.peak_flops(name) == teraflops * 1e12
