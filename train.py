@@ -458,7 +458,7 @@ def keep_freed_memory():
 
 
 def can_compile(device):
-    """Whether torch.compile works and pays; on two CPU cores it took a minute and made nothing faster."""
+    """Whether torch.compile works and pays, which it does not on CPUs."""
     if device.type != "cuda":
         return False
     return attempt("torch.compile", lambda: torch.compile(torch.sin)(torch.ones(64, device=device))) is not None
@@ -502,9 +502,9 @@ def warm_up(model, optimizer, device):
                 torch._foreach_copy_(weights, saved)
                 for state in optimizer.state.values():
                     torch._foreach_zero_(list(state.values()))
-        # outside the except block, which holds what the failed step had allocated
+        # outside the except block, which holds the failed step's tensors
         torch.cuda.empty_cache()
-        rows = rows // 2 if rows % 2 == 0 else 1  # the total batch stays a multiple
+        rows = rows // 2 if rows % 2 == 0 else 1
 
 
 def attempt(what, function):
@@ -580,6 +580,8 @@ def main():
         model.compile()
         optimizer.muon_update = torch.compile(muon_update, dynamic=False)
     attention, rows = warm_up_fastest(model, optimizer, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     grad_accum_steps = TOTAL_BATCH_SIZE // (rows * MAX_SEQ_LEN)
     num_params = sum(p.numel() for p in model.parameters())
     print(f"{device_name} | {attention} | {PROFILE} | {dataset} | {num_params / 1e6:.1f} M parameters | "
@@ -587,7 +589,7 @@ def main():
 
     loader = make_dataloader(tokenizer, rows, MAX_SEQ_LEN, "train", device)
     batch = next(loader)
-    gc.disable()  # a collection in mid-run stalls the queue of a GPU
+    gc.disable()  # a collection stalls the queue of a GPU
     print(f"ready to train after {time.perf_counter() - START:.1f} s", flush=True)
 
     line_end = "\r" if sys.stdout.isatty() else "\n"  # rewritten in place, or at most 50 lines in a file
