@@ -28,13 +28,12 @@ from prepare import dataset_id, evaluate_bpb, make_dataloader, start_watchdog
 
 
 def by_profile(full, small, tiny):
-    """The value for this machine."""
     return {"full": full, "small": small, "tiny": tiny}[PROFILE]
 
 
 # Model
-DEPTH = by_profile(full=8, small=4, tiny=2)  # transformer blocks
-ASPECT_RATIO = by_profile(full=96, small=64, tiny=64)  # C = DEPTH * ASPECT_RATIO, rounded up to whole heads
+DEPTH = by_profile(full=8, small=4, tiny=1)  # transformer blocks
+ASPECT_RATIO = by_profile(full=96, small=64, tiny=128)  # C = DEPTH * ASPECT_RATIO, rounded up to whole heads
 HEAD_DIM = by_profile(full=128, small=128, tiny=64)  # channels of an attention head
 QUERIES_PER_KV = 1  # query heads that share a key/value head
 WINDOW_PATTERN = by_profile(full="SSSL", small="L", tiny="L")  # tiled over the layers: L full context, S short
@@ -42,14 +41,15 @@ SHORT_WINDOW = 1 / 8  # share of the context that an S layer sees; the last laye
 ROPE_BASE = 10_000  # the slowest channel turns by one radian in so many positions
 VE_GATE_CHANNELS = 32  # channels of x that the value embeddings' gate sees
 X0_LAMBDA = 0.1  # initial share of the embedding that each layer adds to its input
-SOFTCAP = 15  # logits lie in (-SOFTCAP, SOFTCAP)
+SOFTCAP = by_profile(full=15, small=15, tiny=0)  # logits lie in (-SOFTCAP, SOFTCAP); 0: anywhere
 BIGRAM_ROWS = by_profile(full=0, small=0, tiny=2**16)  # hashed embeddings of token pairs, and smear; 0: neither
+SMEAR = 3  # earlier positions mixed into an embedding, in learned shares
 
 # Batch
-TOTAL_BATCH_SIZE = by_profile(full=2**17, small=2**14, tiny=2**12)  # tokens per optimizer step
-DEVICE_BATCH_SIZE = by_profile(full=32, small=16, tiny=16)  # rows per forward pass, fewer on a GPU with little memory
-LOSS_CHUNK = by_profile(full=2**13, small=2**13, tiny=2**10)  # tokens whose logits exist at the same time
-EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation; no effect on its result
+TOTAL_BATCH_SIZE = by_profile(full=2**17, small=2**14, tiny=2**13)  # tokens per optimizer step
+DEVICE_BATCH_SIZE = by_profile(full=32, small=16, tiny=32)  # rows per forward pass, fewer if they do not fit
+LOSS_CHUNK = by_profile(full=2**13, small=2**13, tiny=2**12)  # tokens whose logits exist at the same time
+EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation
 
 # Optimizer
 EMBEDDING_LR = by_profile(full=0.74, small=0.6, tiny=0.6)  # token, value and bigram embeddings (Adam)
@@ -68,7 +68,7 @@ POLAR_STEPS = by_profile(full=5, small=5, tiny=3)  # iterations of Polar Express
 
 # Schedule, as shares of the time budget
 WARMUP_RATIO = 0.0  # the learning rate rises from 0
-WARMDOWN_RATIO = by_profile(full=0.825, small=0.5, tiny=0.5)  # it falls to FINAL_LR_FRAC
+WARMDOWN_RATIO = by_profile(full=0.825, small=0.5, tiny=0.85)  # it falls to FINAL_LR_FRAC
 FINAL_LR_FRAC = by_profile(full=0.025, small=0.0, tiny=0.0)  # of the learning rate, at the end
 
 # ---------------------------------------------------------------------------
@@ -77,7 +77,7 @@ FINAL_LR_FRAC = by_profile(full=0.025, small=0.0, tiny=0.0)  # of the learning r
 
 
 def repeat_kv(t, n_head):
-    """Repeat the heads of a key or value tensor until there are n_head."""
+    """Repeat the heads of keys or values until there are n_head."""
     if t.size(2) == n_head:
         return t
     return t.repeat_interleave(n_head // t.size(2), dim=2)
@@ -88,14 +88,9 @@ def sdpa_attention(q, k, v, window):
     k, v = repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
     position = torch.arange(q.size(2), device=q.device)
-    distance = position[:, None] - position  # of the query in the row from the key in the column
+    distance = position[:, None] - position  # of query (row) and key (column)
     mask = (distance >= 0) & (distance <= window)
-    if q.device.type == "cpu":  # faster than torch's own, whose backward pass is slow there
-        scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5
-        y = scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return y.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def varlen_attention(q, k, v, window):
@@ -111,7 +106,7 @@ def varlen_attention(q, k, v, window):
 def load_fa3():
     """FlashAttention 3 from the Hugging Face Hub, the fastest on Hopper."""
     from kernels import get_kernel
-    # by the name of its branch, unlike by version=1, it is found in the cache when HF_HUB_OFFLINE=1
+    # by branch: unlike version=1 it is found in the cache with HF_HUB_OFFLINE=1
     flash_attn_func = get_kernel("kernels-community/flash-attn3", revision="v1").flash_attn_func
 
     def fa3_attention(q, k, v, window):
@@ -127,7 +122,7 @@ def attention_backends(device, dtype):
     backends = [("sdpa", lambda: sdpa_attention)]
     if device.type == "cuda" and dtype == torch.bfloat16:
         backends.insert(0, ("varlen", lambda: varlen_attention))
-        if (8, 0) <= torch.cuda.get_device_capability() <= (9, 0):  # what FlashAttention 3 is built for
+        if (8, 0) <= torch.cuda.get_device_capability() <= (9, 0):  # what it is built for
             backends.insert(0, ("fa3", load_fa3))
     return backends
 
@@ -151,9 +146,8 @@ def norm(x):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate the channel pairs (i, i + D/2) of x (B, T, H, D) by their position's angles (T, 1, D/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Rotate the channel pairs (i, i + D/2) of x (B, T, H, D) by their position's angles (T, 1, D)."""
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 class Linear(nn.Linear):
@@ -170,7 +164,7 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     def __init__(self, C, window, has_ve):
         super().__init__()
-        self.window, self.attend = window, sdpa_attention  # warm_up_fastest() puts the fastest backend here
+        self.window, self.attend = window, sdpa_attention  # warm_up_fastest() replaces it
         n_kv_head = C // HEAD_DIM // QUERIES_PER_KV
         self.q = Linear(C, C)
         self.k = Linear(C, n_kv_head * HEAD_DIM)
@@ -211,14 +205,25 @@ class Block(nn.Module):
 
 
 def logits_of(x, weight):
-    """Logits in float32, softcapped, of the trunk's output x (..., C) and the head's weight (V, C)."""
+    """Float32 logits of the trunk's output x (..., C) and the head's weight (V, C)."""
     logits = F.linear(x, weight.to(x.dtype)).float()
-    return SOFTCAP * torch.tanh(logits / SOFTCAP)
+    return SOFTCAP * torch.tanh(logits / SOFTCAP) if SOFTCAP else logits
 
 
-def head_loss(x, weight, targets):
-    """Sum of the cross-entropies of targets (n,) given the trunk's output x (n, C)."""
-    return F.cross_entropy(logits_of(x, weight), targets, reduction="sum")
+@torch.no_grad()
+def head_loss(x, weight, target):
+    """(sum of the cross-entropies of target (n, 1) given the trunk's output x (n, C), its gradients by x and weight).
+
+    By hand: autograd would pass over the logits, the largest tensors, more often.
+    """
+    logits = logits_of(x, weight)
+    log_p = logits.log_softmax(-1)
+    loss = -log_p.gather(1, target).sum()
+    grad = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1))  # by the softcapped logits
+    if SOFTCAP:
+        grad *= 1 - (logits / SOFTCAP).square()
+    grad = grad.to(x.dtype)
+    return loss, grad @ weight.to(x.dtype), grad.mT @ x
 
 
 class GPT(nn.Module):
@@ -232,19 +237,19 @@ class GPT(nn.Module):
             raise SystemExit(f"{HEAD_DIM=} must be even and {QUERIES_PER_KV=} divide the {n_head} heads")
         self.model_dim = C = n_head * HEAD_DIM
         self.windows = layer_windows()
-        with_ve = range((DEPTH - 1) % 2, DEPTH, 2)  # every second layer, counted so that the last is one
+        with_ve = range((DEPTH - 1) % 2, DEPTH, 2)  # every second layer, and the last
         self.wte = nn.Embedding(VOCAB_SIZE, C)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(VOCAB_SIZE, C // QUERIES_PER_KV) for i in with_ve})
         if BIGRAM_ROWS:
             self.bigram = nn.Embedding(BIGRAM_ROWS, C)
-            self.smear = nn.Parameter(torch.zeros(C))
+            self.smear = nn.Parameter(torch.zeros(SMEAR, C))
         self.blocks = nn.ModuleList(Block(C, window, i in with_ve) for i, window in enumerate(self.windows))
         self.lm_head = Linear(C, VOCAB_SIZE)
         self.resid_lambdas = nn.Parameter(torch.ones(DEPTH))
         self.x0_lambdas = nn.Parameter(torch.full((DEPTH,), X0_LAMBDA))
         frequencies = float(ROPE_BASE) ** -torch.linspace(0, 1, HEAD_DIM // 2 + 1)[:-1]
-        angles = torch.arange(MAX_SEQ_LEN)[:, None, None] * frequencies
-        self.register_buffer("cos", angles.cos().to(dtype), persistent=False)  # (T, 1, D/2)
+        angles = torch.arange(MAX_SEQ_LEN)[:, None, None] * torch.cat((frequencies, -frequencies))
+        self.register_buffer("cos", angles.cos().to(dtype), persistent=False)  # (T, 1, D)
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
         self.init_weights()
 
@@ -269,9 +274,9 @@ class GPT(nn.Module):
         if BIGRAM_ROWS:
             before = F.pad(inputs, (1, -1))
             x = x + self.bigram((before * 36313 ^ inputs * 27191) % BIGRAM_ROWS)
-            x = x + self.smear * F.pad(x, (0, 0, 1, -1))  # a learned share of the position before
+            x = x + sum(share * F.pad(x, (0, 0, i, -i)) for i, share in enumerate(self.smear, 1))
         x0 = norm(x.to(self.dtype))
-        x = x0.view_as(x0)  # another object: for the same one the first block would be compiled once more
+        x = x0.view_as(x0)  # another object, or the first block is compiled twice
         resid_lambdas, x0_lambdas = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
         for i, block in enumerate(self.blocks):
             ve = self.value_embeds[str(i)](inputs).to(x.dtype) if str(i) in self.value_embeds else None
@@ -284,16 +289,16 @@ class GPT(nn.Module):
     def loss_backward(self, inputs, targets, share=1.0):
         """`share` of the mean cross-entropy, whose gradients are added to .grad.
 
-        The head goes forward and back chunk by chunk: all logits at once are 2.1 GB in float32 at 32 x 2048 x 8192.
+        The head goes chunk by chunk: all logits at once are 2.1 GB in float32 at 32 x 2048 x 8192.
         """
         x = self.trunk(inputs).flatten(0, 1)  # (N, C)
-        chunks = [chunk.detach().requires_grad_() for chunk in x.split(LOSS_CHUNK)]
-        total = 0
-        for chunk, target in zip(chunks, targets.flatten().split(LOSS_CHUNK)):
-            loss = self.head_loss(chunk, self.lm_head.weight, target) * (share / len(x))
-            loss.backward()
-            total += loss.detach()
-        x.backward(torch.cat([chunk.grad for chunk in chunks]))
+        weight, scale, total, x_grads = self.lm_head.weight, share / len(x), 0, []
+        for chunk, target in zip(x.split(LOSS_CHUNK), targets.view(-1, 1).split(LOSS_CHUNK)):
+            loss, x_grad, weight_grad = self.head_loss(chunk, weight, target)
+            total += loss * scale
+            x_grads.append(x_grad)
+            weight.backward(weight_grad * scale)  # adds it to .grad
+        x.backward(torch.cat(x_grads) * scale)
         return total
 
     def compile(self):
@@ -315,7 +320,7 @@ def parameter_groups(model):
         dict(params=[model.x0_lambdas], lr=SCALAR_LR, betas=X0_BETAS),
     ]
     if BIGRAM_ROWS:
-        adamw.append(dict(params=[model.bigram.weight], lr=EMBEDDING_LR * scale))
+        adamw[0]["params"].append(model.bigram.weight)
         adamw.append(dict(params=[model.smear], lr=SCALAR_LR * 0.1))
     stacks = {}  # Muon stacks matrices of one shape
     for p in model.blocks.parameters():
@@ -391,7 +396,7 @@ class MuonAdamW(torch.optim.AdamW):
         super().step()
         for group in self.muon_groups:
             params = group["params"]
-            # scheduled values as tensors, so that torch.compile makes no constants of them
+            # tensors, so that torch.compile makes no constants of them
             scheduled = {name: torch.tensor(group[name]) for name in ("lr", "momentum", "weight_decay")}
             new = self.muon_update(torch.stack(params), torch.stack([p.grad for p in params]), dtype=self.dtype,
                                    **self.state[params[0]], **scheduled)
@@ -449,19 +454,18 @@ def choose_device():
 def keep_freed_memory():
     """Let glibc keep what is freed: mapping every large tensor anew costs more than the work on it."""
     try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        libc.mallopt(-2, 2**28)  # M_TOP_PAD
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
-        pass  # no glibc
+        return  # no glibc
+    mallopt(-4, 0)  # M_MMAP_MAX
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-2, 2**28)  # M_TOP_PAD
 
 
 def can_compile(device):
     """Whether torch.compile works and pays, which it does not on CPUs."""
-    if device.type != "cuda":
-        return False
-    return attempt("torch.compile", lambda: torch.compile(torch.sin)(torch.ones(64, device=device))) is not None
+    compiled = lambda: torch.compile(torch.sin)(torch.ones(64, device=device))
+    return device.type == "cuda" and attempt("torch.compile", compiled) is not None
 
 
 def train_step(model, optimizer, batch, next_batch, grad_accum_steps):
@@ -479,7 +483,7 @@ def train_step(model, optimizer, batch, next_batch, grad_accum_steps):
 def warm_up(model, optimizer, device):
     """Compile and allocate everything with a step on random tokens, and undo it.
 
-    Returns the rows per forward pass: DEVICE_BATCH_SIZE, halved until they fit into the GPU's memory.
+    Returns the rows per forward pass: DEVICE_BATCH_SIZE, halved until they fit.
     """
     weights = list(model.parameters())
     saved = [p.detach().clone() for p in weights]
@@ -502,7 +506,7 @@ def warm_up(model, optimizer, device):
                 torch._foreach_copy_(weights, saved)
                 for state in optimizer.state.values():
                     torch._foreach_zero_(list(state.values()))
-        # outside the except block, which holds the failed step's tensors
+        # not in the except block, which holds the failed step's tensors
         torch.cuda.empty_cache()
         rows = rows // 2 if rows % 2 == 0 else 1
 
@@ -525,7 +529,7 @@ def warm_up_fastest(model, optimizer, device):
                 block.attn.attend = attend
             return warm_up(model, optimizer, device)
 
-        # sdpa is the last: what fails with it is the model, whose traceback is wanted
+        # what fails with sdpa, the last, is the model, whose traceback is wanted
         if rows := trial() if name == "sdpa" else attempt(name, trial):
             return name, rows
 
@@ -567,8 +571,7 @@ def main():
         raise SystemExit(f"{TOTAL_BATCH_SIZE=} must be a multiple of {DEVICE_BATCH_SIZE=} * {MAX_SEQ_LEN=}")
     torch.manual_seed(int(seed) % 2**63)
     torch.set_float32_matmul_precision("high")
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
 
     tokenizer, dataset = Tokenizer.from_directory(), dataset_id()
     model = GPT(dtype).to(device)
@@ -592,13 +595,13 @@ def main():
     gc.disable()  # a collection stalls the queue of a GPU
     print(f"ready to train after {time.perf_counter() - START:.1f} s", flush=True)
 
-    line_end = "\r" if sys.stdout.isatty() else "\n"  # rewritten in place, or at most 50 lines in a file
+    line_end = "\r" if sys.stdout.isatty() else "\n"  # rewritten, or at most 50 lines in a file
     step, elapsed, shown, read_loss = 0, 0.0, -math.inf, None
     begin = time.perf_counter()
     while elapsed < TIME_BUDGET:
         set_schedules(optimizer, elapsed / TIME_BUDGET, step)
         loss, batch = train_step(model, optimizer, batch, lambda: next(loader), grad_accum_steps)
-        # a loss is read while the GPU works on the next step, so that it never waits for Python
+        # read while the GPU works on the next step, so that it never waits for Python
         read_previous, read_loss = read_loss, start_reading(loss, step)
         loss = read_previous() if read_previous else read_loss()
         step += 1
@@ -615,7 +618,7 @@ def main():
     if training_seconds > TIME_BUDGET + 15:  # time that others do not have
         raise SystemExit(f"FAIL: {training_seconds:.0f} s of training in {step} steps: lower {TOTAL_BATCH_SIZE=} or "
                          "the model's size")
-    start_watchdog()  # anew: the evaluation takes a slow GPU minutes
+    start_watchdog()  # anew: a slow GPU evaluates for minutes
     summary = {"val_bpb": f"{evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE):.6f}"}
     if os.environ.get("AUTORESEARCH_HOLDOUT") == "1":
         summary["holdout_bpb"] = f"{evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE, 'holdout'):.6f}"

@@ -97,8 +97,9 @@ def test_attention_and_its_gradients_equal_float64(name, device, window, n_kv_he
         leaves = [t.to(**to).requires_grad_() for t in inputs]
         y = attend(*leaves, window=window)
         results += [[t.detach().double().cpu() for t in (y, *torch.autograd.grad(y, leaves, dy.to(**to)))]]
+    largest = max(t.norm() for t in results[1])  # at window 0 the gradients of q and k are zero
     for ours, reference in zip(*results):
-        assert (ours - reference).norm() <= bound * (1 + reference.norm())
+        assert (ours - reference).norm() <= bound * largest
 
 
 def moved_positions(model, position):
@@ -118,9 +119,9 @@ def test_the_model_is_causal_and_its_reach_is_the_sum_of_its_windows(build, monk
     assert moved_positions(model, 20) == list(range(20, 20 + 3 * 4 + 1))
 
 
-def test_bigrams_and_smear_each_look_back_by_one_and_never_ahead(build, monkeypatch):
+def test_bigrams_look_back_by_one_smear_by_so_many_positions_and_neither_ahead(build, monkeypatch):
     monkeypatch.setattr(train, "layer_windows", lambda: [0, 0, 0])
-    assert moved_positions(build(BIGRAM_ROWS=64), 7) == [7, 8, 9]
+    assert moved_positions(build(BIGRAM_ROWS=64, SMEAR=2), 7) == [7, 8, 9, 10]
 
 
 def test_layer_windows_tile_the_pattern_and_end_in_full_context(constants):
@@ -191,8 +192,10 @@ def test_rope_makes_scores_depend_on_distance_only(build):
     assert scores[0, 1] != scores[0, 2]
 
 
-def test_chunked_loss_equals_plain_cross_entropy_also_in_shares(build):
-    model = build()  # LOSS_CHUNK=5 does not divide the tokens
+@pytest.mark.parametrize("softcap", [0, 7])
+def test_loss_and_its_gradients_by_hand_equal_autograds_also_in_shares(build, softcap):
+    model = build(SOFTCAP=softcap)  # LOSS_CHUNK=5 does not divide the tokens
+    model.lm_head.weight.data *= 1000
     inputs, targets = torch.randint(50, (2, 4, 16))
     losses = [model.loss_backward(*batch, 1 / 2) for batch in zip(inputs.split(2), targets.split(2))]
     got = [p.grad.clone() for p in model.parameters()]
@@ -201,7 +204,7 @@ def test_chunked_loss_equals_plain_cross_entropy_also_in_shares(build):
     plain.backward()
     torch.testing.assert_close(sum(losses), plain.detach())
     for ours, p in zip(got, model.parameters()):
-        torch.testing.assert_close(ours, p.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(ours, p.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_training_and_evaluation_have_the_same_float32_logits_softcapped(build):
@@ -480,11 +483,13 @@ def test_every_constant_is_set_in_one_place_and_used():
     assert {name: (stored.count(name), name in loaded) for name in NAMES} == dict.fromkeys(NAMES, (1, True))
 
 
-def test_what_no_published_figure_replaced_has_the_value_of_the_faithful_baseline():
+def test_what_no_published_figure_replaced_has_the_value_of_the_faithful_baseline(monkeypatch):
+    monkeypatch.setattr(prepare, "PROFILE", "full")
+    values = runpy.run_path(REPO / "train.py", run_name="train")
     faithful = dict(SOFTCAP=15, X0_LAMBDA=0.1, ROPE_BASE=10_000, VE_GATE_CHANNELS=32, SCALAR_LR=0.5, MATRIX_LR=0.04,
                     ADAM_BETAS=(0.8, 0.95), X0_BETAS=(0.96, 0.95), ADAM_EPS=1e-10, WEIGHT_DECAY=0.2, WARMUP_RATIO=0.0,
-                    MOMENTUM=(0.85, 0.95), MOMENTUM_STEPS=300, NORMUON_BETA2=0.95)
-    assert {name: getattr(train, name) for name in faithful} == faithful
+                    MOMENTUM=(0.85, 0.95), MOMENTUM_STEPS=300, NORMUON_BETA2=0.95, POLAR_STEPS=5)
+    assert {name: values[name] for name in faithful} == faithful
 
 
 @pytest.mark.parametrize("profile", prepare.PROFILES)
