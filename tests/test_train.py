@@ -82,7 +82,6 @@ def random_batch(rows=2):
 @pytest.mark.parametrize("window", [0, 3, 31, 63])
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 def test_attention_and_its_gradients_equal_float64(name, device, window, n_kv_head):
-    """A window that reaches one key too far, as in ports of FlashAttention, is outside the bounds."""
     torch.manual_seed(0)
     dtype, bound = (torch.float32, 1e-5) if name == "sdpa" else (torch.bfloat16, 1e-2)
     *inputs, dy = (torch.randn(2, 64, n, 64, device=device, dtype=dtype) for n in (4, n_kv_head, n_kv_head, 4))
@@ -97,7 +96,7 @@ def test_attention_and_its_gradients_equal_float64(name, device, window, n_kv_he
         leaves = [t.to(**to).requires_grad_() for t in inputs]
         y = attend(*leaves, window=window)
         results += [[t.detach().double().cpu() for t in (y, *torch.autograd.grad(y, leaves, dy.to(**to)))]]
-    largest = max(t.norm() for t in results[1])  # at window 0 the gradients of q and k are zero
+    largest = max(t.norm() for t in results[1])
     for ours, reference in zip(*results):
         assert (ours - reference).norm() <= bound * largest
 
@@ -119,7 +118,7 @@ def test_the_model_is_causal_and_its_reach_is_the_sum_of_its_windows(build, monk
     assert moved_positions(model, 20) == list(range(20, 20 + 3 * 4 + 1))
 
 
-def test_bigrams_look_back_by_one_smear_by_so_many_positions_and_neither_ahead(build, monkeypatch):
+def test_bigrams_look_back_by_one_and_smear_by_its_positions(build, monkeypatch):
     monkeypatch.setattr(train, "layer_windows", lambda: [0, 0, 0])
     assert moved_positions(build(BIGRAM_ROWS=64, SMEAR=2), 7) == [7, 8, 9, 10]
 
@@ -193,7 +192,7 @@ def test_rope_makes_scores_depend_on_distance_only(build):
 
 
 @pytest.mark.parametrize("softcap", [0, 7])
-def test_loss_and_its_gradients_by_hand_equal_autograds_also_in_shares(build, softcap):
+def test_loss_and_gradients_equal_autograds_also_in_shares(build, softcap):
     model = build(SOFTCAP=softcap)  # LOSS_CHUNK=5 does not divide the tokens
     model.lm_head.weight.data *= 1000
     inputs, targets = torch.randint(50, (2, 4, 16))
@@ -208,7 +207,6 @@ def test_loss_and_its_gradients_by_hand_equal_autograds_also_in_shares(build, so
 
 
 def test_training_and_evaluation_have_the_same_float32_logits_softcapped(build):
-    """Logits capped in the bf16 of the trunk cost the score 2e-4 nats a token."""
     model = build(torch.bfloat16, LOSS_CHUNK=32, SOFTCAP=7)
     model.lm_head.weight.data *= 100
     inputs, targets, _ = random_batch()
@@ -397,7 +395,7 @@ def test_nothing_is_compiled_after_warm_up(build, monkeypatch):
         optimizer.muon_update = torch.compile(train.muon_update, dynamic=False)
         before = graphs()
         train.warm_up(model, optimizer, CPU)
-        warm = 3 + 1 + len({p.shape for p in model.blocks.parameters()})  # kinds of layers, the loss, Muon by shape
+        warm = 3 + 1 + len({p.shape for p in model.blocks.parameters()})  # kinds of layers, loss, Muon by shape
         assert graphs() == warm
         weights_after(model, optimizer, 3)
         assert graphs() == warm
@@ -436,7 +434,7 @@ def test_warm_up_halves_the_rows_until_a_step_fits_and_leaves_no_trace(build, fi
     else:
         with pytest.raises(torch.OutOfMemoryError):
             train.warm_up(model, optimizer, CPU)
-    assert rows == [n for n in tried for _ in range(2)]  # two passes each: the second finds gradients
+    assert rows == [n for n in tried for _ in range(2)]  # two passes each
     assert torch.equal(torch.get_rng_state(), random_state) and all(p.grad is None for p in model.parameters())
     assert all(map(torch.equal, model.parameters(), fresh.parameters()))
     optimizer.muon_update = train.muon_update
@@ -483,9 +481,13 @@ def test_every_constant_is_set_in_one_place_and_used():
     assert {name: (stored.count(name), name in loaded) for name in NAMES} == dict.fromkeys(NAMES, (1, True))
 
 
-def test_what_no_published_figure_replaced_has_the_value_of_the_faithful_baseline(monkeypatch):
-    monkeypatch.setattr(prepare, "PROFILE", "full")
-    values = runpy.run_path(REPO / "train.py", run_name="train")
+def values_of(profile, monkeypatch):
+    monkeypatch.setattr(prepare, "PROFILE", profile)
+    return runpy.run_path(REPO / "train.py", run_name="train")
+
+
+def test_what_no_published_figure_replaced_is_the_faithful_baselines(monkeypatch):
+    values = values_of("full", monkeypatch)
     faithful = dict(SOFTCAP=15, X0_LAMBDA=0.1, ROPE_BASE=10_000, VE_GATE_CHANNELS=32, SCALAR_LR=0.5, MATRIX_LR=0.04,
                     ADAM_BETAS=(0.8, 0.95), X0_BETAS=(0.96, 0.95), ADAM_EPS=1e-10, WEIGHT_DECAY=0.2, WARMUP_RATIO=0.0,
                     MOMENTUM=(0.85, 0.95), MOMENTUM_STEPS=300, NORMUON_BETA2=0.95, POLAR_STEPS=5)
@@ -494,8 +496,7 @@ def test_what_no_published_figure_replaced_has_the_value_of_the_faithful_baselin
 
 @pytest.mark.parametrize("profile", prepare.PROFILES)
 def test_every_profile_has_the_value_of_its_place_in_the_line(monkeypatch, profile):
-    monkeypatch.setattr(prepare, "PROFILE", profile)
-    values = runpy.run_path(REPO / "train.py", run_name="train")
+    values = values_of(profile, monkeypatch)
     lines = dict(re.findall(r"^(\w+) = by_profile\((.*?)\)  #", HYPERPARAMETERS, re.MULTILINE))
     assert len(lines) > 10
     for name, arguments in lines.items():
@@ -548,7 +549,7 @@ def test_the_clock_counts_every_step_and_stops_at_the_first_one_past_the_budget(
     summary = train.main()
     assert summary["num_steps"] == 5 and summary["training_seconds"] == "31.0"
     assert summary["total_tokens_M"] == f"{5 * 1024 / 1e6:.1f}"
-    assert progress == [(0.0, 0)] + [(pytest.approx(6.2 * i / 30), i) for i in range(5)]  # the first is the warm-up
+    assert progress == [(0.0, 0)] + [(pytest.approx(6.2 * i / 30), i) for i in range(5)]
 
 
 def test_a_last_step_that_overruns_the_budget_gives_no_number(short_run):
