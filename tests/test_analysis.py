@@ -134,17 +134,17 @@ def test_the_tables_are_those_of_the_ledger_without_git_too(tmp_path, monkeypatc
     assert list(missed.index.get_level_values("experiment")) == [6, 2, 8, 4], "all, the nearest first, crashes last"
 
 
-def test_hold_out_logs_are_compared_within_one_dataset(tmp_path):
+def test_the_hold_out_is_compared_within_a_dataset_by_means_of_seeds(tmp_path):
     path = write(tmp_path / "results.tsv", night(6))
-    logs = {"first": (1.0, 1.01, "a"), "last": (0.9, 0.93, "a"), "else": (2, 3, "b"), "run": (0.1, "", "a")}
+    logs = {"a": (1, 1.01, 1), "b": (0.9, 0.93, 1), "b-43": (0.7, 0.87, 1), "c": (2, 3, 2), "run": (0.1, "", 1)}
     for name, values in logs.items():
         block = "---\nval_bpb:    {}\nholdout_bpb:  {}\ndataset:      {}\n".format(*values)
         path.with_name(f"{name}.log").write_text(block)
     page = run_page(tmp_path)
-    first, last, other = (f"{tmp_path.name}/{name}.log" for name in ("first", "last", "else"))
-    assert page["holdout"].gap.to_dict() == pytest.approx({first: 0.01, last: 0.03, other: 1})
+    files = [f"{tmp_path.name}/{name}.log" for name in logs]
+    assert page["holdout"].gap.to_dict() == pytest.approx(dict(zip(files, (0.01, 0.03, 0.17, 1))))
     sentences = [item for item in page["shown"] if isinstance(item, str)]
-    assert sentences == [f"{first} to {last}: val_bpb fell by 0.1000, and 80% of that carried over."]
+    assert sentences == [f"{files[0]} to {files[1]}: val_bpb fell by 0.2000, and 55% of that carried over."]
 
 
 def test_every_ledger_of_every_worktree_is_one_run_named_after_its_branch(tmp_path, monkeypatch, names):

@@ -26,10 +26,10 @@ def test_readmes_three_commands_come_first_and_ci_runs_the_tests_as_it_says():
 
 @PAGES
 def test_every_file_that_the_documents_name_exists(path):
-    made_at_run_time = {"results.tsv", "run.log", "model.pt", "progress.png"}
+    made_later = {"results.tsv", "run.log", "model.pt", "progress.png"}
     names = set(re.findall(r"`([\w./]+\.(?:py|md|toml|ipynb|tsv|log|pt|png))`", path.read_text()))
-    links = re.findall(r"\]\((?!https?:)([\w./-]+)", path.read_text())
-    assert all(name in made_at_run_time or (REPO / re.sub(r"^slots/\d/", "", name)).exists() for name in names), names
+    links = re.findall(r'(?:\]\(|src(?:set)?=")(?!https?:)([\w./-]+)', path.read_text())
+    assert all(name in made_later or (REPO / re.sub(r"^slots/\d/", "", name)).exists() for name in names), names
     assert all((path.parent / link).exists() for link in links)
 
 
