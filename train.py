@@ -292,7 +292,8 @@ class GPT(nn.Module):
         The head goes chunk by chunk: all logits at once are 2.1 GB in float32 at 32 x 2048 x 8192.
         """
         x = self.trunk(inputs).flatten(0, 1)  # (N, C)
-        weight, scale, total, x_grads = self.lm_head.weight, share / len(x), 0, []
+        weight, scale = self.lm_head.weight, share / len(x)
+        total, x_grads = 0, []
         for chunk, target in zip(x.split(LOSS_CHUNK), targets.view(-1, 1).split(LOSS_CHUNK)):
             loss, x_grad, weight_grad = self.head_loss(chunk, weight, target)
             total += loss * scale
