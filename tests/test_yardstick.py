@@ -42,16 +42,12 @@ def gpt(dtype, attend=train.sdpa_attention):
 
 @pytest.fixture(autouse=True)
 def short(prepared, monkeypatch):
-    """Few short rows and a GPT of two heads, on one core: two busy ones are five times as slow."""
+    """Few short rows and a GPT of two heads."""
     for name, value in dict(DEPTH=3, HEAD_DIM=16, ASPECT_RATIO=10, QUERIES_PER_KV=2, WINDOW_PATTERN="SSL",
                             SHORT_WINDOW=1 / 2, BIGRAM_ROWS=256, MAX_SEQ_LEN=T).items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", T)
     monkeypatch.setattr(prepare, "EVAL_TOKENS", ROWS * T)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- the number
