@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from prepare import MAX_SEQ_LEN, PROFILE, TIME_BUDGET, VOCAB_SIZE, Tokenizer, YardstickError
 from prepare import dataset_id, evaluate_bpb, make_dataloader, start_watchdog
 
-# ---------------------------------------------------------------------------
+# --------------------
 # Hyperparameters. Each is set in its one line here and nowhere else.
 
 
@@ -39,6 +39,7 @@ QUERIES_PER_KV = 1  # query heads that share a key/value head
 WINDOW_PATTERN = by_profile(full="SSSL", small="L", tiny="L")  # tiled over the layers: L full context, S short
 SHORT_WINDOW = 1 / 8  # share of the context that an S layer sees; the last layer is always L
 ROPE_BASE = 10_000  # the slowest channel turns by one radian in so many positions
+KEY_SHIFT = by_profile(full=0, small=0, tiny=1)  # positions by which half of the heads get their keys late
 VE_GATE_CHANNELS = 32  # channels of x that the value embeddings' gate sees
 X0_LAMBDA = 0.1  # initial share of the embedding that each layer adds to its input
 SOFTCAP = by_profile(full=15, small=15, tiny=0)  # logits lie in (-SOFTCAP, SOFTCAP); 0: anywhere
@@ -71,7 +72,7 @@ WARMUP_RATIO = 0.0  # the learning rate rises from 0
 WARMDOWN_RATIO = by_profile(full=0.825, small=0.5, tiny=0.85)  # it falls to FINAL_LR_FRAC
 FINAL_LR_FRAC = by_profile(full=0.025, small=0.0, tiny=0.0)  # of the learning rate, at the end
 
-# ---------------------------------------------------------------------------
+# --------------------
 # Attention backends: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D). All see `window` keys to the left plus
 # the query itself.
 
@@ -127,7 +128,7 @@ def attention_backends(device, dtype):
     return backends
 
 
-# ---------------------------------------------------------------------------
+# --------------------
 # Model
 
 
@@ -180,6 +181,9 @@ class Attention(nn.Module):
         if self.ve_gate is not None:  # value residual: an embedding of the token, weighed per head
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
+        if KEY_SHIFT:  # a query that resembles an earlier position finds the token after it: one layer can copy
+            k, late = k.tensor_split(2, 2)
+            k = torch.cat((k, F.pad(late, (0, 0, 0, 0, KEY_SHIFT, -KEY_SHIFT))), 2)
         q, k = norm(apply_rope(q, cos, sin)), norm(apply_rope(k, cos, sin))  # QK-norm
         return self.proj(self.attend(q, k, v, self.window).reshape(B, T, C))
 
@@ -338,7 +342,7 @@ def flops_per_token(model):
     return 6 * matmul + 12 * model.model_dim * sum(window + 1 for window in model.windows)
 
 
-# ---------------------------------------------------------------------------
+# --------------------
 # Optimizer
 
 # Polar Express (Amsel et al. 2025): the (a, b, c) of each step
@@ -404,7 +408,7 @@ class MuonAdamW(torch.optim.AdamW):
             torch._foreach_copy_(params, list(new.unbind()))
 
 
-# ---------------------------------------------------------------------------
+# --------------------
 # Schedules
 
 
@@ -424,7 +428,7 @@ def set_schedules(optimizer, progress, step):
         group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
 
 
-# ---------------------------------------------------------------------------
+# --------------------
 # The run
 
 PEAK_FLOPS = {  # dense bf16, by words of the GPU's name
@@ -516,7 +520,7 @@ def attempt(what, function):
     """The result of function(), or None after one line that says why `what` is not available."""
     try:
         return function()
-    except Exception as error:  # no network, no build for this GPU, no triton, ...: there is another way
+    except Exception as error:  # no network, no triton, ...: there is another way
         print(f"{what} is not available: {type(error).__name__}: {error}".splitlines()[0][:200], flush=True)
 
 

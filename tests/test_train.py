@@ -23,16 +23,7 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GP
 backends = pytest.mark.parametrize("name, device", [
     ("sdpa", "cpu"), *(pytest.param(name, "cuda", marks=cuda) for name in ("sdpa", "varlen", "fa3"))])
 SMALL = dict(VOCAB_SIZE=50, MAX_SEQ_LEN=16, DEPTH=3, ASPECT_RATIO=10, HEAD_DIM=8, QUERIES_PER_KV=2, WINDOW_PATTERN="S",
-             SHORT_WINDOW=0.5, BIGRAM_ROWS=0, LOSS_CHUNK=5, DEVICE_BATCH_SIZE=2, TOTAL_BATCH_SIZE=64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other on a busy machine cost more than they save on models of nothing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+             SHORT_WINDOW=0.5, KEY_SHIFT=1, BIGRAM_ROWS=0, LOSS_CHUNK=5, DEVICE_BATCH_SIZE=2, TOTAL_BATCH_SIZE=64)
 
 
 def backend(name):
@@ -115,7 +106,15 @@ def test_the_model_is_causal_and_its_reach_is_the_sum_of_its_windows(build, monk
     model = build(torch.float32 if name == "sdpa" else torch.bfloat16, MAX_SEQ_LEN=64, HEAD_DIM=64, ASPECT_RATIO=80)
     for block in model.to(device).blocks:
         block.attn.attend = backend(name)
-    assert moved_positions(model, 20) == list(range(20, 20 + 3 * 4 + 1))
+    assert moved_positions(model, 20) == list(range(20, 20 + 3 * (4 + 1) + 1))  # a key comes 1 late
+
+
+def test_half_of_the_heads_get_their_keys_late(build):
+    model, keys = build(KEY_SHIFT=2), []
+    model.blocks[0].attn.attend = lambda q, k, *_: keys.append(k) or q
+    model(random_batch()[0])
+    missing = (keys[0][0] == 0).all(-1)  # (T, Hkv)
+    assert missing.nonzero().tolist() == [[0, 1], [1, 1]]
 
 
 def test_bigrams_look_back_by_one_and_smear_by_its_positions(build, monkeypatch):
@@ -514,7 +513,7 @@ def test_train_py_as_a_process_prints_its_summary_and_leaves_the_weights(prepare
     code = ("import prepare, runpy; prepare.TIME_BUDGET = 1.0; prepare.EVAL_TOKENS = 8 * prepare.MAX_SEQ_LEN\n"
             f"runpy.run_path({str(REPO / 'train.py')!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | dict(PYTHONPATH=str(REPO), SEED="7", OMP_NUM_THREADS="1"))
+                          env=os.environ | dict(PYTHONPATH=str(REPO), SEED="7"))
     assert done.returncode == 0, done.stderr
     progress, summary = done.stdout.split("---\n")
     assert "| loss " in progress and len(progress.splitlines()) <= 60
