@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from prepare import MAX_SEQ_LEN, PROFILE, TIME_BUDGET, VOCAB_SIZE, Tokenizer, YardstickError
 from prepare import dataset_id, evaluate_bpb, make_dataloader, start_watchdog
 
-# --------------------
+# --------------
 # Hyperparameters. Each is set in its one line here and nowhere else.
 
 
@@ -39,9 +39,10 @@ QUERIES_PER_KV = 1  # query heads that share a key/value head
 WINDOW_PATTERN = by_profile(full="SSSL", small="L", tiny="L")  # tiled over the layers: L full context, S short
 SHORT_WINDOW = 1 / 8  # share of the context that an S layer sees; the last layer is always L
 ROPE_BASE = 10_000  # the slowest channel turns by one radian in so many positions
-KEY_SHIFT = by_profile(full=0, small=0, tiny=1)  # positions by which half of the heads get their keys late
+KEY_SHIFT = by_profile(full=0, small=0, tiny=1)  # positions by which half of the heads get keys late
 VE_GATE_CHANNELS = 32  # channels of x that the value embeddings' gate sees
 X0_LAMBDA = 0.1  # initial share of the embedding that each layer adds to its input
+MLP_RATIO = by_profile(full=4, small=4, tiny=1)  # hidden channels of an MLP / C
 SOFTCAP = by_profile(full=15, small=15, tiny=0)  # logits lie in (-SOFTCAP, SOFTCAP); 0: anywhere
 BIGRAM_ROWS = by_profile(full=0, small=0, tiny=2**16)  # hashed embeddings of token pairs, and smear; 0: neither
 SMEAR = 3  # earlier positions mixed into an embedding, in learned shares
@@ -49,7 +50,7 @@ SMEAR = 3  # earlier positions mixed into an embedding, in learned shares
 # Batch
 TOTAL_BATCH_SIZE = by_profile(full=2**17, small=2**14, tiny=2**13)  # tokens per optimizer step
 DEVICE_BATCH_SIZE = by_profile(full=32, small=16, tiny=32)  # rows per forward pass, fewer if they do not fit
-LOSS_CHUNK = by_profile(full=2**13, small=2**13, tiny=2**12)  # tokens whose logits exist at the same time
+LOSS_CHUNK = by_profile(full=2**13, small=2**13, tiny=2**12)  # tokens whose logits exist at a time
 EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation
 
 # Optimizer
@@ -72,7 +73,7 @@ WARMUP_RATIO = 0.0  # the learning rate rises from 0
 WARMDOWN_RATIO = by_profile(full=0.825, small=0.5, tiny=0.85)  # it falls to FINAL_LR_FRAC
 FINAL_LR_FRAC = by_profile(full=0.025, small=0.0, tiny=0.0)  # of the learning rate, at the end
 
-# --------------------
+# --------------
 # Attention backends: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D). All see `window` keys to the left plus
 # the query itself.
 
@@ -128,7 +129,7 @@ def attention_backends(device, dtype):
     return backends
 
 
-# --------------------
+# --------------
 # Model
 
 
@@ -181,7 +182,7 @@ class Attention(nn.Module):
         if self.ve_gate is not None:  # value residual: an embedding of the token, weighed per head
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        if KEY_SHIFT:  # a query that resembles an earlier position finds the token after it: one layer can copy
+        if KEY_SHIFT:  # a query like an earlier position finds the token after it: one layer can copy
             k, late = k.tensor_split(2, 2)
             k = torch.cat((k, F.pad(late, (0, 0, 0, 0, KEY_SHIFT, -KEY_SHIFT))), 2)
         q, k = norm(apply_rope(q, cos, sin)), norm(apply_rope(k, cos, sin))  # QK-norm
@@ -191,7 +192,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, C):
         super().__init__()
-        self.fc, self.proj = Linear(C, 4 * C), Linear(4 * C, C)
+        self.fc, self.proj = Linear(C, MLP_RATIO * C), Linear(MLP_RATIO * C, C)
 
     def forward(self, x):
         return self.proj(F.relu(self.fc(x)).square())
@@ -221,9 +222,10 @@ def head_loss(x, weight, target):
     By hand: autograd would pass over the logits, the largest tensors, more often.
     """
     logits = logits_of(x, weight)
-    log_p = logits.log_softmax(-1)
-    loss = -log_p.gather(1, target).sum()
-    grad = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1))  # by the softcapped logits
+    p = logits.softmax(-1)
+    # sum of -log p[target], by the likeliest token, whose p cannot underflow
+    loss = (logits.amax(-1) - logits.gather(1, target)[:, 0] - p.amax(-1).log()).sum()
+    grad = p.scatter_add_(1, target, p.new_full(target.shape, -1))  # by the softcapped logits
     if SOFTCAP:
         grad *= 1 - (logits / SOFTCAP).square()
     grad = grad.to(x.dtype)
@@ -342,16 +344,16 @@ def flops_per_token(model):
     return 6 * matmul + 12 * model.model_dim * sum(window + 1 for window in model.windows)
 
 
-# --------------------
+# --------------
 # Optimizer
 
 # Polar Express (Amsel et al. 2025): the (a, b, c) of each step
 POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    (8.15655452, -22.48329293, 15.87876992),
+    (4.04292994, -2.80891747, 0.50001785),
+    (3.89166780, -2.77248415, 0.50606482),
+    (3.28575366, -2.36812949, 0.46449024),
+    (2.34654133, -1.70978284, 0.42323551),
 )
 
 
@@ -408,7 +410,7 @@ class MuonAdamW(torch.optim.AdamW):
             torch._foreach_copy_(params, list(new.unbind()))
 
 
-# --------------------
+# --------------
 # Schedules
 
 
@@ -428,7 +430,7 @@ def set_schedules(optimizer, progress, step):
         group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
 
 
-# --------------------
+# --------------
 # The run
 
 PEAK_FLOPS = {  # dense bf16, by words of the GPU's name
@@ -520,7 +522,7 @@ def attempt(what, function):
     """The result of function(), or None after one line that says why `what` is not available."""
     try:
         return function()
-    except Exception as error:  # no network, no triton, ...: there is another way
+    except Exception as error:  # no network, no triton, ...
         print(f"{what} is not available: {type(error).__name__}: {error}".splitlines()[0][:200], flush=True)
 
 
