@@ -44,7 +44,7 @@ VE_GATE_CHANNELS = 32  # channels of x that the value embeddings' gate sees
 X0_LAMBDA = 0.1  # initial share of the embedding that each layer adds to its input
 MLP_RATIO = by_profile(full=4, small=4, tiny=1)  # hidden channels of an MLP / C
 SOFTCAP = by_profile(full=15, small=15, tiny=0)  # logits lie in (-SOFTCAP, SOFTCAP); 0: anywhere
-BIGRAM_ROWS = by_profile(full=0, small=0, tiny=2**16)  # hashed embeddings of token pairs, and smear; 0: neither
+BIGRAM_ROWS = by_profile(full=0, small=0, tiny=2**17)  # hashed embeddings of token pairs, and smear; 0: neither
 SMEAR = 3  # earlier positions mixed into an embedding, in learned shares
 
 # Batch
