@@ -49,7 +49,7 @@ SMEAR = 3  # earlier positions mixed into an embedding, in learned shares
 
 # Batch
 TOTAL_BATCH_SIZE = by_profile(full=2**17, small=2**14, tiny=2**13)  # tokens per optimizer step
-DEVICE_BATCH_SIZE = by_profile(full=32, small=16, tiny=32)  # rows per forward pass, fewer if they do not fit
+DEVICE_BATCH_SIZE = by_profile(full=64, small=16, tiny=32)  # rows per forward pass, fewer if they do not fit
 LOSS_CHUNK = by_profile(full=2**13, small=2**13, tiny=2**12)  # tokens whose logits exist at a time
 EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation
 
@@ -281,8 +281,7 @@ class GPT(nn.Module):
             before = F.pad(inputs, (1, -1))
             x = x + self.bigram((before * 36313 ^ inputs * 27191) % BIGRAM_ROWS)
             x = x + sum(share * F.pad(x, (0, 0, i, -i)) for i, share in enumerate(self.smear, 1))
-        x0 = norm(x.to(self.dtype))
-        x = x0.view_as(x0)  # another object, or the first block is compiled twice
+        x = x0 = norm(x.to(self.dtype))
         resid_lambdas, x0_lambdas = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
         for i, block in enumerate(self.blocks):
             ve = self.value_embeds[str(i)](inputs).to(x.dtype) if str(i) in self.value_embeds else None
@@ -309,10 +308,8 @@ class GPT(nn.Module):
         return total
 
     def compile(self):
-        """Compile block by block: layers of the same kind share their code."""
-        torch._dynamo.config.recompile_limit = 64  # kinds of layers, with and without gradients
-        for block in self.blocks:
-            block.compile(dynamic=False)
+        """Compile the trunk as one: on an H200 5 % faster than block by block."""
+        self.trunk = torch.compile(self.trunk, dynamic=False)
         self.head_loss = torch.compile(head_loss, dynamic=False)
 
 
@@ -583,8 +580,9 @@ def main():
     tokenizer, dataset = Tokenizer.from_directory(), dataset_id()
     model = GPT(dtype).to(device)
     if device.type == "cuda":
-        for table in (model.wte, *model.value_embeds.values()):
-            table.to(torch.bfloat16)  # gradients and Adam's state too: half the traffic
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.to(torch.bfloat16)  # gradients and Adam's state too: half the traffic
     optimizer = MuonAdamW(*parameter_groups(model), dtype)
     if can_compile(device):
         model.compile()

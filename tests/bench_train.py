@@ -109,7 +109,7 @@ def attention():
                 backends[name] = attend
                 row(name, n_kv_head, *(f"{error:.1e}" for error in errors))
 
-    torch._dynamo.config.recompile_limit = 64  # as GPT.compile
+    torch._dynamo.config.recompile_limit = 64
     for compiled in (False, True) if train.can_compile(DEVICE) else (False,):  # train.py compiles what is around it too
         header(f"TFLOP/s at ({B}, {T}, {H}, {D}) in bf16, {'compiled' if compiled else 'eager'}; a visible key counts "
                "4 D FLOPs forward and 12 D with backward", "backend", "window", "forward", "forward + backward")
@@ -136,8 +136,9 @@ class Trainer:
         torch.manual_seed(42)
         self.model = model = train.GPT(DTYPE).to(DEVICE)
         if CUDA:
-            for table in (model.wte, *model.value_embeds.values()):
-                table.to(torch.bfloat16)
+            for module in model.modules():
+                if isinstance(module, torch.nn.Embedding):
+                    module.to(torch.bfloat16)
         self.optimizer, cross_entropy = train.MuonAdamW(*train.parameter_groups(model), DTYPE), F.cross_entropy
         compiled = train.can_compile(DEVICE)
         if compiled:
