@@ -55,13 +55,13 @@ EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation
 
 # Optimizer
 EMBEDDING_LR = by_profile(full=0.74, small=0.6, tiny=0.6)  # token, value and bigram embeddings (Adam)
-UNEMBEDDING_LR = by_profile(full=0.010, small=0.004, tiny=0.004)  # lm_head (Adam)
+UNEMBEDDING_LR = by_profile(full=0.010, small=0.004, tiny=0.010)  # lm_head (Adam)
 SCALAR_LR = 0.5  # x0_lambdas (Adam); smear at 0.1 and resid_lambdas at 0.01 of it
 VE_WEIGHT_DECAY = by_profile(full=0.004, small=0.0, tiny=0.0)  # of the value embeddings (Adam)
 ADAM_BETAS = (0.8, 0.95)  # of Adam's first and second moments
 X0_BETAS = (0.96, 0.95)  # the same for x0_lambdas
 ADAM_EPS = 1e-10  # added to the root of the second moment
-MATRIX_LR = 0.04  # the matrices of the blocks (Muon)
+MATRIX_LR = by_profile(full=0.04, small=0.04, tiny=0.06)  # the matrices of the blocks (Muon)
 WEIGHT_DECAY = 0.2  # of Muon, falls to 0 over the run
 MOMENTUM = (0.85, 0.95)  # of Muon: at the first step, and from MOMENTUM_STEPS on
 MOMENTUM_STEPS = 300  # steps in which the momentum rises
