@@ -467,7 +467,7 @@ def keep_freed_memory():
 
 
 def can_compile(device):
-    """Whether torch.compile works and pays, which it does not on CPUs."""
+    """Whether torch.compile works; on a CPU it wants a C++ compiler and up to a minute before it begins."""
     compiled = lambda: torch.compile(torch.sin)(torch.ones(64, device=device))
     return device.type == "cuda" and attempt("torch.compile", compiled) is not None
 
