@@ -37,7 +37,7 @@ ASPECT_RATIO = by_profile(full=96, small=64, tiny=128)  # C = DEPTH * ASPECT_RAT
 HEAD_DIM = by_profile(full=128, small=128, tiny=64)  # channels of an attention head
 QUERIES_PER_KV = 1  # query heads that share a key/value head
 WINDOW_PATTERN = by_profile(full="SSSL", small="L", tiny="L")  # tiled over the layers: L full context, S short
-SHORT_WINDOW = 1 / 8  # share of the context that an S layer sees; the last layer is always L
+SHORT_WINDOW = 1 / 8  # share of the context that an S layer sees
 ROPE_BASE = 10_000  # the slowest channel turns by one radian in so many positions
 KEY_SHIFT = by_profile(full=0, small=0, tiny=1)  # positions by which half of the heads get keys late
 VE_GATE_CHANNELS = 32  # channels of x that the value embeddings' gate sees
@@ -54,10 +54,10 @@ LOSS_CHUNK = by_profile(full=2**13, small=2**13, tiny=2**12)  # tokens whose log
 EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation
 
 # Optimizer
-EMBEDDING_LR = by_profile(full=0.74, small=0.6, tiny=0.6)  # token, value and bigram embeddings (Adam)
+EMBEDDING_LR = by_profile(full=0.74, small=0.6, tiny=0.6)  # token, value and bigram embeddings
 UNEMBEDDING_LR = by_profile(full=0.010, small=0.004, tiny=0.010)  # lm_head (Adam)
 SCALAR_LR = 0.5  # x0_lambdas (Adam); smear at 0.1 and resid_lambdas at 0.01 of it
-VE_WEIGHT_DECAY = by_profile(full=0.004, small=0.0, tiny=0.0)  # of the value embeddings (Adam)
+VE_WEIGHT_DECAY = by_profile(full=0.004, small=0, tiny=0)  # of the value embeddings (Adam)
 ADAM_BETAS = (0.8, 0.95)  # of Adam's first and second moments
 X0_BETAS = (0.96, 0.95)  # the same for x0_lambdas
 ADAM_EPS = 1e-10  # added to the root of the second moment
@@ -71,7 +71,7 @@ POLAR_STEPS = by_profile(full=5, small=5, tiny=3)  # iterations of Polar Express
 # Schedule, as shares of the time budget
 WARMUP_RATIO = 0.0  # the learning rate rises from 0
 WARMDOWN_RATIO = by_profile(full=0.825, small=0.5, tiny=0.85)  # it falls to FINAL_LR_FRAC
-FINAL_LR_FRAC = by_profile(full=0.025, small=0.0, tiny=0.0)  # of the learning rate, at the end
+FINAL_LR_FRAC = by_profile(full=0.025, small=0, tiny=0)  # of the learning rate, at the end
 
 # --------------
 # Attention backends: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D). All see `window` keys to the left plus
@@ -135,8 +135,6 @@ def attention_backends(device, dtype):
 
 def layer_windows():
     """Keys to the left that each layer sees: the pattern tiled, the last layer always L (full context)."""
-    if not WINDOW_PATTERN or set(WINDOW_PATTERN) - set("SL"):
-        raise SystemExit(f"{WINDOW_PATTERN=} must be made of S and L")
     sizes = {"L": MAX_SEQ_LEN - 1, "S": int(SHORT_WINDOW * MAX_SEQ_LEN)}
     windows = [sizes[WINDOW_PATTERN[i % len(WINDOW_PATTERN)]] for i in range(DEPTH)]
     windows[-1] = sizes["L"]
@@ -239,15 +237,15 @@ class GPT(nn.Module):
         super().__init__()
         self.dtype, self.head_loss = dtype, head_loss  # dtype of the activations
         n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
-        if HEAD_DIM % 2 or n_head % QUERIES_PER_KV:
-            raise SystemExit(f"{HEAD_DIM=} must be even and {QUERIES_PER_KV=} divide the {n_head} heads")
+        if n_head % QUERIES_PER_KV:
+            raise SystemExit(f"{QUERIES_PER_KV=} must divide the {n_head} heads")
         self.model_dim = C = n_head * HEAD_DIM
         self.windows = layer_windows()
         with_ve = range((DEPTH - 1) % 2, DEPTH, 2)  # every second layer, and the last
         self.wte = nn.Embedding(VOCAB_SIZE, C)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(VOCAB_SIZE, C // QUERIES_PER_KV) for i in with_ve})
         if BIGRAM_ROWS:
-            self.bigram = nn.Embedding(BIGRAM_ROWS, C)
+            self.bigram = nn.Embedding(BIGRAM_ROWS, C, sparse=True)
             self.smear = nn.Parameter(torch.zeros(SMEAR, C))
         self.blocks = nn.ModuleList(Block(C, window, i in with_ve) for i, window in enumerate(self.windows))
         self.lm_head = Linear(C, VOCAB_SIZE)
@@ -292,10 +290,7 @@ class GPT(nn.Module):
         return logits_of(self.trunk(inputs), self.lm_head.weight)
 
     def loss_backward(self, inputs, targets, share=1.0):
-        """`share` of the mean cross-entropy, whose gradients are added to .grad.
-
-        The head goes chunk by chunk: all logits at once are 2.1 GB in float32 at 32 x 2048 x 8192.
-        """
+        """`share` of the mean cross-entropy, its gradients added to .grad; the head chunk by chunk, to save memory."""
         x = self.trunk(inputs).flatten(0, 1)  # (N, C)
         weight, scale = self.lm_head.weight, share / len(x)
         total, x_grads = 0, []
@@ -308,7 +303,6 @@ class GPT(nn.Module):
         return total
 
     def compile(self):
-        """Compile the trunk as one: on an H200 5 % faster than block by block."""
         self.trunk = torch.compile(self.trunk, dynamic=False)
         self.head_loss = torch.compile(head_loss, dynamic=False)
 
@@ -382,7 +376,7 @@ def muon_update(p, g, momentum_buffer, second_moment, lr, momentum, weight_decay
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """torch's AdamW for some groups, Muon for the others. All state begins as zeros."""
+    """Muon, torch's AdamW, and a normalized step for sparse gradients. All state begins as zeros."""
 
     def __init__(self, adamw_groups, muon_groups, dtype):
         super().__init__(adamw_groups, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0, fused=True)
@@ -397,6 +391,12 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.is_sparse:  # Adam would pass over all rows, not those met
+                    grad, p.grad = p.grad.coalesce(), None
+                    step = F.normalize(grad.values()) * p.size(1) ** 0.5
+                    p.index_add_(0, grad.indices()[0], step, alpha=-group["lr"])
         super().step()
         for group in self.muon_groups:
             params = group["params"]
@@ -466,10 +466,11 @@ def keep_freed_memory():
     mallopt(-2, 2**28)  # M_TOP_PAD
 
 
-def can_compile(device):
-    """Whether torch.compile works; on a CPU it wants a C++ compiler and up to a minute before it begins."""
+def can_compile(device, dtype):
+    """Whether torch.compile works and pays: on a GPU, or on a CPU with bf16."""
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # spares a CPU trials of itself
     compiled = lambda: torch.compile(torch.sin)(torch.ones(64, device=device))
-    return device.type == "cuda" and attempt("torch.compile", compiled) is not None
+    return (device.type == "cuda" or dtype == torch.bfloat16) and attempt("torch.compile", compiled) is not None
 
 
 def train_step(model, optimizer, batch, next_batch, grad_accum_steps):
@@ -485,10 +486,7 @@ def train_step(model, optimizer, batch, next_batch, grad_accum_steps):
 
 
 def warm_up(model, optimizer, device):
-    """Compile and allocate everything with a step on random tokens, and undo it.
-
-    Returns the rows per forward pass: DEVICE_BATCH_SIZE, halved until they fit.
-    """
+    """Compile and allocate all with a step on random tokens, undo it, return the rows per pass that fit."""
     weights = list(model.parameters())
     saved = [p.detach().clone() for p in weights]
     set_schedules(optimizer, 0.0, 0)
@@ -580,11 +578,10 @@ def main():
     tokenizer, dataset = Tokenizer.from_directory(), dataset_id()
     model = GPT(dtype).to(device)
     if device.type == "cuda":
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                module.to(torch.bfloat16)  # gradients and Adam's state too: half the traffic
+        for table in (model.wte, *model.value_embeds.values()):
+            table.to(torch.bfloat16)  # gradients and Adam's state too: half the traffic
     optimizer = MuonAdamW(*parameter_groups(model), dtype)
-    if can_compile(device):
+    if can_compile(device, dtype):
         model.compile()
         optimizer.muon_update = torch.compile(muon_update, dynamic=False)
     attention, rows = warm_up_fastest(model, optimizer, device)
@@ -597,7 +594,7 @@ def main():
 
     loader = make_dataloader(tokenizer, rows, MAX_SEQ_LEN, "train", device)
     batch = next(loader)
-    gc.disable()  # a collection stalls the queue of a GPU
+    gc.disable()  # a collection stalls a GPU
     print(f"ready to train after {time.perf_counter() - START:.1f} s", flush=True)
 
     line_end = "\r" if sys.stdout.isatty() else "\n"  # rewritten, or at most 50 lines in a file

@@ -110,7 +110,7 @@ def attention():
                 row(name, n_kv_head, *(f"{error:.1e}" for error in errors))
 
     torch._dynamo.config.recompile_limit = 64
-    for compiled in (False, True) if train.can_compile(DEVICE) else (False,):  # train.py compiles what is around it too
+    for compiled in (False, True) if train.can_compile(DEVICE, DTYPE) else (False,):  # train.py compiles what is around it too
         header(f"TFLOP/s at ({B}, {T}, {H}, {D}) in bf16, {'compiled' if compiled else 'eager'}; a visible key counts "
                "4 D FLOPs forward and 12 D with backward", "backend", "window", "forward", "forward + backward")
         for name, attend in backends.items():
@@ -140,7 +140,7 @@ class Trainer:
                 if isinstance(module, torch.nn.Embedding):
                     module.to(torch.bfloat16)
         self.optimizer, cross_entropy = train.MuonAdamW(*train.parameter_groups(model), DTYPE), F.cross_entropy
-        compiled = train.can_compile(DEVICE)
+        compiled = train.can_compile(DEVICE, DTYPE)
         if compiled:
             model.compile()
             self.optimizer.muon_update = torch.compile(train.muon_update, dynamic=False)

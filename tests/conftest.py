@@ -21,6 +21,7 @@ for variable in ("SEED", "AUTORESEARCH_HOLDOUT", "HF_TOKEN"):
 os.environ.update(
     AUTORESEARCH_PROFILE="tiny", AUTORESEARCH_DATASET=str(TEXT), AUTORESEARCH_CACHE=str(Path(TMP.name) / "cache"),
     HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9",  # nothing listens there
+    TORCH_COMPILE_DISABLE="1",  # a CPU with bf16 would compile for a minute
     OMP_NUM_THREADS="1",  # threads that wait for each other cost more than they save on models of nothing
 )
 sys.path.insert(0, str(REPO))

@@ -272,22 +272,9 @@ def test_every_parameter_is_in_exactly_one_group_with_its_options(build):
         train.parameter_groups(model)
 
 
-def muon(*params, adamw=None, **options):
-    """An optimizer with one group of each kind; AdamW's parameter may be one that never gets a gradient."""
-    adamw = torch.nn.Parameter(torch.zeros(1)) if adamw is None else adamw
+def muon(*params, **options):
     group = dict(params=list(params), lr=0.1, momentum=0.0, weight_decay=0.0) | options
-    return train.MuonAdamW([dict(params=[adamw], lr=0.1, weight_decay=0.1)], [group], torch.float32)
-
-
-def test_adamw_equals_torch():
-    ours, theirs, matrix = (torch.nn.Parameter(torch.ones(7, 5)) for _ in range(3))
-    optimizer = muon(matrix, adamw=ours)
-    reference = torch.optim.AdamW([theirs], lr=0.1, betas=train.ADAM_BETAS, eps=train.ADAM_EPS, weight_decay=0.1)
-    for _ in range(20):
-        ours.grad = theirs.grad = matrix.grad = torch.randn(7, 5)
-        optimizer.step()
-        reference.step()
-    torch.testing.assert_close(ours, theirs)
+    return train.MuonAdamW([dict(params=[torch.nn.Parameter(torch.zeros(1))])], [group], torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (32, 32)])
@@ -366,13 +353,34 @@ def test_schedules_at_their_end_points(build, constants):
     assert [train.lr_multiplier(x) for x in (0, 0.1, 0.2, 0.5)] == pytest.approx([0, 0.5, 1, 1])
 
 
+def test_the_rows_of_a_table_that_were_met_move_by_an_rms_of_the_learning_rate(build):
+    model = build(BIGRAM_ROWS=64)
+    optimizer, p = optimizer_of(model), model.bigram.weight
+    before = p.detach().clone()
+    train.set_schedules(optimizer, 0.0, 0)
+    model.loss_backward(*random_batch()[:2])
+    grad = p.grad.to_dense()
+    rms = grad.square().mean(1, keepdim=True).sqrt()
+    assert 0 < (rms > 0).sum() < 64
+    optimizer.step()
+    step = optimizer.param_groups[0]["lr"] * grad / rms.clamp_min(1e-30)
+    torch.testing.assert_close(before - p, step, rtol=1e-3, atol=1e-4)
+
+
+def test_it_compiles_where_that_works_and_pays(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    assert train.can_compile(CPU, torch.bfloat16) and not train.can_compile(CPU, torch.float32)
+    monkeypatch.setattr(torch, "compile", no_kernel)
+    assert not train.can_compile(CPU, torch.bfloat16)
+
+
 # --- the step
 
 
 def test_a_step_never_waits_for_the_device(build):
     """Fake tensors have no values: whatever would read one on the host raises."""
     with FakeTensorMode():
-        model = build(BIGRAM_ROWS=64)
+        model = build()
         optimizer, batch = optimizer_of(model), random_batch()
         for step in range(2):
             train.set_schedules(optimizer, step / 2, step)
@@ -385,13 +393,14 @@ def test_nothing_is_compiled_after_warm_up(build, monkeypatch):
     """Schedules change the learning rates at every step."""
     real = torch.compile  # the backend aot_eager needs no C++ compiler
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", **options))
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     model = build(DEPTH=5, ASPECT_RATIO=6, LOSS_CHUNK=16, BIGRAM_ROWS=64)
     optimizer = optimizer_of(model)
     model.compile()
     optimizer.muon_update = torch.compile(train.muon_update, dynamic=False)
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
     train.warm_up(model, optimizer, CPU)
     warm = 2 + len({p.shape for p in model.blocks.parameters()})  # trunk, loss, Muon by shape
     assert graphs() == warm
@@ -588,9 +597,7 @@ def test_a_loss_that_explodes_stops_the_run_with_its_step(short_run, value):
 
 @pytest.mark.parametrize("name, value, message", [
     ("TOTAL_BATCH_SIZE", 1000, r"TOTAL_BATCH_SIZE=1000 must be a multiple of DEVICE_BATCH_SIZE=2 \* MAX_SEQ_LEN=256"),
-    ("HEAD_DIM", 7, "HEAD_DIM=7 must be even"), ("QUERIES_PER_KV", 3, "QUERIES_PER_KV=3 divide the 4 heads"),
-    ("WINDOW_PATTERN", "SXL", "WINDOW_PATTERN='SXL' must be made of S and L"),
-    ("SEED", "-1", "SEED=-1 must be a whole number")])
+    ("QUERIES_PER_KV", 3, "QUERIES_PER_KV=3 must divide the 4 heads"), ("SEED", "-1", "SEED=-1 must be a whole number")])
 def test_impossible_constants_and_seeds_are_refused(short_run, name, value, message):
     if name == "SEED":
         short_run.setenv(name, value)
