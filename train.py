@@ -31,9 +31,11 @@ def by_profile(full, small, tiny):
     return {"full": full, "small": small, "tiny": tiny}[PROFILE]
 
 
+CPU_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()  # whether a CPU multiplies it
+
 # Model
 DEPTH = by_profile(full=8, small=4, tiny=1)  # transformer blocks
-ASPECT_RATIO = by_profile(full=96, small=64, tiny=128)  # C = DEPTH * ASPECT_RATIO, rounded up to whole heads
+ASPECT_RATIO = by_profile(full=96, small=64, tiny=256 if CPU_BF16 else 128)  # C = DEPTH * it, up to whole heads
 HEAD_DIM = by_profile(full=128, small=128, tiny=64)  # channels of an attention head
 QUERIES_PER_KV = 1  # query heads that share a key/value head
 WINDOW_PATTERN = by_profile(full="SSSL", small="L", tiny="L")  # tiled over the layers: L full context, S short
@@ -451,8 +453,7 @@ def choose_device():
         return torch.device("cuda"), torch.cuda.get_device_name(), torch.bfloat16 if bf16 else torch.float32
     if PROFILE == "small" and torch.backends.mps.is_available():
         return torch.device("mps"), "Apple MPS", torch.float32
-    bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.device("cpu"), f"CPU x{torch.get_num_threads()}", torch.bfloat16 if bf16 else torch.float32
+    return torch.device("cpu"), f"CPU x{torch.get_num_threads()}", torch.bfloat16 if CPU_BF16 else torch.float32
 
 
 def keep_freed_memory():

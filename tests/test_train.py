@@ -507,7 +507,7 @@ def test_every_profile_has_the_value_of_its_place_in_the_line(monkeypatch, profi
     lines = dict(re.findall(r"^(\w+) = by_profile\((.*?)\)  #", HYPERPARAMETERS, re.MULTILINE))
     assert len(lines) > 10
     for name, arguments in lines.items():
-        assert values[name] == eval(f"dict({arguments})")[profile], name
+        assert values[name] == eval(f"dict({arguments})", values)[profile], name
 
 
 # --- the run
