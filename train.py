@@ -31,7 +31,7 @@ def by_profile(full, small, tiny):
     return {"full": full, "small": small, "tiny": tiny}[PROFILE]
 
 
-CPU_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()  # whether a CPU multiplies it
+CPU_BF16 = any(torch.cpu.get_capabilities().get(kind) for kind in ("amx_bf16", "avx512_bf16"))  # it multiplies bf16
 
 # Model
 DEPTH = by_profile(full=8, small=4, tiny=1)  # transformer blocks
