@@ -110,7 +110,7 @@ def attention():
                 row(name, n_kv_head, *(f"{error:.1e}" for error in errors))
 
     torch._dynamo.config.recompile_limit = 64
-    for compiled in (False, True) if train.can_compile(DEVICE, DTYPE) else (False,):  # train.py compiles what is around it too
+    for compiled in (False, True) if train.can_compile(DEVICE, DTYPE) else (False,):
         header(f"TFLOP/s at ({B}, {T}, {H}, {D}) in bf16, {'compiled' if compiled else 'eager'}; a visible key counts "
                "4 D FLOPs forward and 12 D with backward", "backend", "window", "forward", "forward + backward")
         for name, attend in backends.items():
