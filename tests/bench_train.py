@@ -136,9 +136,8 @@ class Trainer:
         torch.manual_seed(42)
         self.model = model = train.GPT(DTYPE).to(DEVICE)
         if CUDA:
-            for module in model.modules():
-                if isinstance(module, torch.nn.Embedding):
-                    module.to(torch.bfloat16)
+            for table in (model.wte, *model.value_embeds.values()):
+                table.to(torch.bfloat16)
         self.optimizer, cross_entropy = train.MuonAdamW(*train.parameter_groups(model), DTYPE), F.cross_entropy
         compiled = train.can_compile(DEVICE, DTYPE)
         if compiled:

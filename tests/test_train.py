@@ -597,7 +597,7 @@ def test_a_loss_that_explodes_stops_the_run_with_its_step(short_run, value):
 
 @pytest.mark.parametrize("name, value, message", [
     ("TOTAL_BATCH_SIZE", 1000, r"TOTAL_BATCH_SIZE=1000 must be a multiple of DEVICE_BATCH_SIZE=2 \* MAX_SEQ_LEN=256"),
-    ("QUERIES_PER_KV", 3, "QUERIES_PER_KV=3 must divide the 4 heads"), ("SEED", "-1", "SEED=-1 must be a whole number")])
+    ("QUERIES_PER_KV", 3, "QUERIES_PER_KV=3 must divide the 4 heads"), ("SEED", "-1", "SEED=-1 must be a whole")])
 def test_impossible_constants_and_seeds_are_refused(short_run, name, value, message):
     if name == "SEED":
         short_run.setenv(name, value)
