@@ -35,7 +35,7 @@ CPU_BF16 = any(torch.cpu.get_capabilities().get(kind) for kind in ("amx_bf16", "
 
 # Model
 DEPTH = by_profile(full=8, small=4, tiny=1)  # transformer blocks
-ASPECT_RATIO = by_profile(full=96, small=64, tiny=256 if CPU_BF16 else 128)  # C = DEPTH * it, up to whole heads
+ASPECT_RATIO = by_profile(full=96, small=64, tiny=256 if CPU_BF16 else 128)  # C = DEPTH * ASPECT_RATIO, in whole heads
 HEAD_DIM = by_profile(full=128, small=128, tiny=64)  # channels of an attention head
 QUERIES_PER_KV = 1  # query heads that share a key/value head
 WINDOW_PATTERN = by_profile(full="SSSL", small="L", tiny="L")  # tiled over the layers: L full context, S short
