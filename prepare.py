@@ -44,27 +44,54 @@ PROFILES = {  # dataset, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS
     "small": ("tinystories", 4096, 512, 2**21),
     "tiny": ("python", 2048, 256, 2**18),
 }
-FULL_GB, FULL_MULTIPROCESSORS = 15, 60  # with less `full` does not end within ten minutes
+FULL_GB = 15  # with less memory, or fewer multiprocessors, `full` does not end within ten minutes
+FULL_MULTIPROCESSORS = 60
+NVIDIA = "0x10de"  # as PCI vendors
+AMD = "0x1002"
 DATASETS = ("climbmix", "tinystories", "python")
 SPLITS = ("val", "holdout", "train")
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 PREPARE = "run: uv run prepare.py"  # the remedy for whatever is missing or stale
 
 
-def nvidia_driver(root=Path("/")):
-    """Version of the NVIDIA driver, "" where only a GPU is found, None without one. It only reads files."""
-    version = root / "proc/driver/nvidia/version"
-    if version.exists():
-        return re.search(r"\d{3}\.[\d.]+|$", version.read_text())[0]
-    vendors = [path.read_text() for path in (root / "sys/bus/pci/devices").glob("*/vendor")]
-    if "0x10de\n" in vendors or (root / "usr/lib/wsl/lib/libcuda.so.1").exists():
-        return ""
+def available_cpus(root=Path("/")):
+    """CPUs that this process may use: OMP_NUM_THREADS, else the affinity mask, cut by the quota of its cgroup."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdecimal() and int(chosen) > 0:
+        return int(chosen)
+    if hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    else:
+        cpus = os.cpu_count()
+    cgroups = root / "sys/fs/cgroup"
+    limits = [[cgroups / "cpu/cpu.cfs_quota_us", cgroups / "cpu/cpu.cfs_period_us"]]  # of version 1
+    own = root / "proc/self/cgroup"
+    if own.exists():  # version 2: the limits of all parents hold
+        folder = cgroups / own.read_text().rpartition("0::/")[2].strip()
+        limits += [[parent / "cpu.max"] for parent in (folder, *folder.parents)]
+    for files in limits:
+        try:
+            quota, period = " ".join(file.read_text() for file in files).split()
+        except OSError:
+            continue  # no such limit here
+        if quota not in ("max", "-1"):
+            cpus = min(cpus, math.ceil(int(quota) / int(period)))
+    return cpus
 
 
-def refuse_gpu(problem, wheel):
-    command = f"uv pip install --no-config torch==2.11.0+{wheel} --index-url https://download.pytorch.org/whl/{wheel}"
-    raise SystemExit(f"torch {torch.__version__} cannot use this NVIDIA GPU: {problem} install torch for older CUDA: "
-                     f"{command} && export UV_NO_SYNC=1, or use the CPU: export AUTORESEARCH_PROFILE=tiny")
+def gpu_makers(root=Path("/")):
+    """PCI vendors of the devices of this machine, with NVIDIA where WSL has its driver. It only reads files."""
+    makers = [path.read_text().strip() for path in (root / "sys/bus/pci/devices").glob("*/vendor")]
+    if (root / "usr/lib/wsl/lib/libcuda.so.1").exists():
+        makers.append(NVIDIA)
+    return makers
+
+
+def refuse_gpu(gpu):
+    raise SystemExit(f"torch {torch.__version__} cannot use {gpu}. Update the driver; in a container pass the GPU on; for "
+                     "an older GPU or driver: uv pip install --no-config torch==2.11.0+cu126 --index-url "
+                     "https://download.pytorch.org/whl/cu126 && export UV_NO_SYNC=1. To use the CPU: export "
+                     "AUTORESEARCH_PROFILE=tiny")
 
 
 def choose_profile():
@@ -74,29 +101,30 @@ def choose_profile():
         return forced, "AUTORESEARCH_PROFILE"
     if forced:
         raise SystemExit(f"AUTORESEARCH_PROFILE={forced} is unknown: choose one of {', '.join(PROFILES)}")
-    with warnings.catch_warnings(record=True) as heard:  # of a driver that torch cannot use
-        warnings.simplefilter("always")
-        gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    if gpu:
-        archs = " ".join(torch.cuda.get_arch_list())
-        minors = [int(minor) for minor in re.findall(rf"sm_{gpu.major}(\d)\b", archs)]
-        if "sm_" in archs and min(minors, default=9) > gpu.minor:
-            refuse_gpu(f"{gpu.name} is sm_{gpu.major}{gpu.minor}, built for {archs};", "cu126")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about an old driver: refuse_gpu() says it
+        usable = torch.cuda.is_available()
+    if usable:
+        gpu = torch.cuda.get_device_properties(0)
+        built_for = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if re.fullmatch(r"sm_\d+", arch)]
+        if 10 * gpu.major + gpu.minor < min(built_for, default=0):
+            refuse_gpu(f"{gpu.name} (sm_{gpu.major}{gpu.minor}, built for sm_{min(built_for)} and newer)")
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        gigabytes, multiprocessors = round(gpu.total_memory / 1e9), gpu.multi_processor_count
+        gigabytes = round(gpu.total_memory / 1e9)
+        multiprocessors = gpu.multi_processor_count
         reason = f"{gpu.name}: {gigabytes} GB, {multiprocessors} multiprocessors, {'bf16' if bf16 else 'no bf16'}"
         full = bf16 and gigabytes >= FULL_GB and multiprocessors >= FULL_MULTIPROCESSORS
         return "full" if full else "small", reason
     if torch.backends.mps.is_available():
         return "small", "Apple GPU"
-    driver = nvidia_driver()
-    if driver is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return "tiny", "no GPU"
-    cuda = torch.version.cuda or "none"
-    needed = 580 if cuda.startswith("13") else 525
-    words = str(heard[0].message).split(". ")[0] if heard else "no driver answers"
-    refuse_gpu(f"built for CUDA {cuda} and driver {needed} or newer, found {driver or 'none'} ({words}); update the "
-               "driver (in a container, pass the GPU on), or", "cu128")
+    makers = gpu_makers()
+    if NVIDIA in makers:
+        refuse_gpu(f"this NVIDIA GPU (built for CUDA {torch.version.cuda}; nvidia-smi shows what the driver can do)")
+    if AMD in makers:  # perhaps the small one of an AMD CPU
+        return "tiny", "the AMD GPU needs a torch for ROCm, see README"
+    return "tiny", "no GPU"
 
 
 PROFILE, PROFILE_REASON = choose_profile()
@@ -117,6 +145,7 @@ DISK_GB = {"climbmix": 0.226, "tinystories": 3.0, "python": 0.1}  # text and tok
 FOLDER_SUFFIXES = (".parquet", ".jsonl", ".txt", ".md", ".py", ".rst")
 FILE_CHARS = 20_000  # a longer text file is several documents
 PYTHON_BYTES = 100_000_000  # so that two cores are ready within a minute
+PYTHON_FILE_BYTES = 32_000  # a few longer files, many of them generated, would be a third of a held-out split
 
 
 def raw_dir():
@@ -124,20 +153,34 @@ def raw_dir():
 
 
 def hub_files(num_shards):
+    """{file: its split}; the one file of tinystories holds all splits."""
     if DATASET == "tinystories":
-        return ["tinystories_gpt4_clean.parquet"]
-    shards = range(CLIMBMIX_HOLDOUT if num_shards == -1 else num_shards)
-    return [f"shard_{i:05d}.parquet" for i in (CLIMBMIX_VAL, CLIMBMIX_HOLDOUT, *shards)]
+        return {"tinystories_gpt4_clean.parquet": None}
+    shards = {CLIMBMIX_VAL: "val", CLIMBMIX_HOLDOUT: "holdout"}
+    shards |= dict.fromkeys(range(CLIMBMIX_HOLDOUT if num_shards == -1 else num_shards), "train")
+    return {f"shard_{i:05d}.parquet": split for i, split in shards.items()}
 
 
 def digest(text):
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def tinystories_split(row):
+    if row < 10_000:
+        return "holdout"
+    if row < 20_000:
+        return "val"
+    return "train"
+
+
 def split_of(text):
     """Split of a document of the python dataset or a folder, by content alone."""
     percent = int.from_bytes(digest(text), "big") % 100
-    return "val" if percent < 2 else "holdout" if percent < 4 else "train"
+    if percent < 2:
+        return "val"
+    if percent < 4:
+        return "holdout"
+    return "train"
 
 
 def read_parquet(path):
@@ -194,31 +237,39 @@ def folder_documents():
 @functools.lru_cache(1)
 def python_documents():
     """The interpreter's Python files, each text once, ordered by hash."""
-    paths, texts = sysconfig.get_paths(), {}
+    paths = sysconfig.get_paths()
+    texts = {}
     for root in {paths["stdlib"], paths["purelib"], paths["platlib"]}:
         for path in Path(root).rglob("*.py"):
             if "site-packages" in path.relative_to(root).parts:
                 continue  # of the base interpreter
             try:
-                text = path.read_text(encoding="utf-8")
-                texts[digest(text)] = text
+                if path.stat().st_size <= PYTHON_FILE_BYTES:
+                    text = path.read_text(encoding="utf-8")
+                    texts[digest(text)] = text
             except (OSError, UnicodeDecodeError):
                 pass  # the standard library tests other encodings
-    sizes = itertools.accumulate(len(texts[key].encode()) for key in sorted(texts))
-    return [texts[key] for key, size in zip(sorted(texts), sizes) if size <= PYTHON_BYTES]
+    chosen = []
+    size = 0
+    for key in sorted(texts):
+        size += len(texts[key].encode())
+        if size > PYTHON_BYTES:
+            break
+        chosen.append(texts[key])
+    return chosen
 
 
 def documents(num_shards):
     """Yield (split, text) of the whole dataset."""
-    if DATASET == "climbmix":
-        for name, split in itertools.zip_longest(hub_files(num_shards), SPLITS[:2], fillvalue="train"):
-            for text in read_parquet(raw_dir() / name):
-                yield split, text
-    elif DATASET == "tinystories":
-        for row, text in enumerate(read_parquet(raw_dir() / hub_files(1)[0])):
-            yield "holdout" if row < 10_000 else "val" if row < 20_000 else "train", text
+    if DATASET in HUB_REPOS:
+        for name, split in hub_files(num_shards).items():
+            for row, text in enumerate(read_parquet(raw_dir() / name)):
+                yield split or tinystories_split(row), text
+    elif DATASET == "python":
+        for text in python_documents():
+            yield split_of(text), text
     else:
-        for text in python_documents() if DATASET == "python" else folder_documents():
+        for text in folder_documents():
             yield split_of(text), text
 
 
@@ -320,7 +371,7 @@ SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the first is BOS
-FORMAT = 2  # of tokenizer and token files; a change of it makes old caches stale
+FORMAT = 3  # of tokenizer and token files; a change of it makes old caches stale
 TRAIN_CHARS = 500_000_000  # from which the tokenizer is learnt ...
 TRAIN_SHARDS = 2  # ... within the first shards, so that it does not depend on how many were fetched
 TRAIN_DOC_CHARS = 10_000  # ... at the beginnings of documents
@@ -361,7 +412,7 @@ class Tokenizer:
     @classmethod
     def from_directory(cls):
         """The tokenizer of the prepared dataset."""
-        load_manifest()
+        load_manifest("tokenizer")
         lines = (data_dir() / "tokenizer.tiktoken").read_text().splitlines()
         return cls({base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)})
 
@@ -422,24 +473,24 @@ def fingerprint():
     return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
 
-def content_hash(paths):
-    sha = hashlib.sha256()
-    for path in sorted(paths):
-        sha.update(np.memmap(path, np.uint8, "r"))
-    return sha.hexdigest()
+def file_hash(path):
+    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 
-def load_manifest(content=False):
-    """The dataset's manifest; SystemExit when it is stale or a file differs in size, or in `content`."""
+def load_manifest(*checked):
+    """The dataset's manifest; SystemExit when it is stale or a file is damaged.
+
+    The sizes of all files are compared, and the content of those whose names begin with one of `checked`.
+    """
     folder = data_dir()
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest.get("made_from") != fingerprint():
             raise ValueError("it has changed since")
-        sizes = {name: (folder / name).stat().st_size for name in manifest["bytes"]}
-        damaged = sizes != manifest["bytes"]
-        if damaged or content and content_hash(folder / name for name in sizes) != manifest["content"]:
-            raise ValueError(f"the files in {folder} are damaged")
+        for name, sha256 in manifest["sha256"].items():
+            damaged = (folder / name).stat().st_size != manifest["bytes"][name]
+            if damaged or name.startswith(checked) and file_hash(folder / name) != sha256:
+                raise ValueError(f"{folder / name} is damaged")
         return manifest
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{DATASET} is not prepared: {error}; {PREPARE}") from None
@@ -447,7 +498,8 @@ def load_manifest(content=False):
 
 def dataset_id():
     """The dataset's name and 8 digits that change with its content."""
-    return f"{Path(DATASET).name}-{load_manifest()['content'][:8]}"
+    content = json.dumps(load_manifest()["sha256"], sort_keys=True)
+    return f"{Path(DATASET).name}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 def disjoint(stream):
@@ -465,7 +517,7 @@ def write_token_files(tokenizer, stream, folder):
     def encode(texts):  # in parallel, because tiktoken releases the GIL
         return [tokenizer.encode_numpy(text) for text in texts]
 
-    with progress_bar("tokenizing") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with progress_bar("tokenizing") as bar, ThreadPoolExecutor(available_cpus()) as pool:
         while batch := list(itertools.islice(stream, BATCH_DOCUMENTS)):
             splits, texts = zip(*batch)
             tasks = [texts[i:i + TASK_DOCUMENTS] for i in range(0, len(texts), TASK_DOCUMENTS)]
@@ -496,8 +548,8 @@ def build(num_shards):
             rows = sizes[f"{split}.tokens"] // 2 // MAX_SEQ_LEN
             if rows < MIN_EVAL_ROWS:
                 raise SystemExit(f"{DATASET} has {rows} rows for {split}, {MIN_EVAL_ROWS} are needed: add text")
-        content = content_hash(new / name for name in sizes)
-        manifest = dict(made_from=made_from, num_shards=num_shards, bytes=sizes, content=content)
+        hashes = {name: file_hash(new / name) for name in sizes}
+        manifest = dict(made_from=made_from, num_shards=num_shards, bytes=sizes, sha256=hashes)
         (new / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         shutil.rmtree(data_dir(), ignore_errors=True)
         os.replace(new, data_dir())
@@ -517,7 +569,7 @@ WINDOW_DOCS = 2**20  # documents shuffled together: bounds memory
 @functools.lru_cache(1)
 def token_files(folder):
     """{split: (tokens, lengths of documents)}, opened once: what changes in a run changes the next."""
-    load_manifest()
+    load_manifest("val", "holdout")
     return {split: (np.memmap(folder / f"{split}.tokens", np.uint16, "r"),
                     np.memmap(folder / f"{split}.lengths", np.uint32, "r")) for split in SPLITS}
 
@@ -589,7 +641,8 @@ def make_dataloader(tokenizer, B, T, split, device=None, buffer_size=BUFFER_SIZE
     def batches():
         while True:
             batch = torch.empty((B, T + 1), dtype=torch.uint16, pin_memory=cuda)
-            for target, (row, epoch) in zip(batch.numpy(), rows):
+            for target in batch.numpy():
+                row, epoch = next(rows)
                 target[:] = row
             if cuda:
                 batch = batch.to(device, non_blocking=True)
@@ -695,10 +748,10 @@ def prepare(num_shards, download_workers):
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):  # a second prepare.py waits
         try:
-            there = load_manifest(content=True)["num_shards"]
+            prepared_shards = load_manifest("")["num_shards"]
         except SystemExit:
-            there = 0
-        if not there or num_shards not in (None, there):
+            prepared_shards = 0
+        if prepared_shards == 0 or num_shards not in (None, prepared_shards):
             num_shards = num_shards or DEFAULT_SHARDS
             missing = gigabytes - sum(path.stat().st_size for path in raw_dir().glob("*")) / 1e9
             free = shutil.disk_usage(CACHE).free / 1e9

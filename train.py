@@ -13,6 +13,7 @@ import ctypes
 import gc
 import math
 import os
+import platform
 import re
 import sys
 
@@ -21,59 +22,53 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from prepare import MAX_SEQ_LEN, PROFILE, TIME_BUDGET, VOCAB_SIZE, Tokenizer, YardstickError
-from prepare import dataset_id, evaluate_bpb, make_dataloader, start_watchdog
+from prepare import available_cpus, dataset_id, evaluate_bpb, make_dataloader, start_watchdog
 
 # --------------
 # Hyperparameters. Each is set in its one line here and nowhere else.
 
-
-def by_profile(full, small, tiny):
-    return {"full": full, "small": small, "tiny": tiny}[PROFILE]
-
-
-CPU_BF16 = any(torch.cpu.get_capabilities().get(kind) for kind in ("amx_bf16", "avx512_bf16"))  # it multiplies bf16
+# Sizes, the only constants that depend on the profile
+COLUMN = ("full", "small", "tiny").index(PROFILE)
+#                     full  small   tiny
+DEPTH =             (    8,     4,     2)[COLUMN]  # transformer blocks
+WIDTH =             (  768,   256,   128)[COLUMN]  # C
+HEAD_DIM =          (  128,   128,    64)[COLUMN]  # channels of an attention head
+TOTAL_BATCH_SIZE =  (2**17, 2**14, 2**13)[COLUMN]  # tokens per optimizer step
+DEVICE_BATCH_SIZE = (   64,    16,    32)[COLUMN]  # rows per forward pass, fewer if they do not fit
 
 # Model
-DEPTH = by_profile(full=8, small=4, tiny=1)  # transformer blocks
-ASPECT_RATIO = by_profile(full=96, small=64, tiny=256 if CPU_BF16 else 128)  # C = DEPTH * ASPECT_RATIO, in whole heads
-HEAD_DIM = by_profile(full=128, small=128, tiny=64)  # channels of an attention head
 QUERIES_PER_KV = 1  # query heads that share a key/value head
-WINDOW_PATTERN = by_profile(full="SSSL", small="L", tiny="L")  # tiled over the layers: L full context, S short
+WINDOW_PATTERN = "SSSL"  # tiled over the layers: L full context, S short; the last layer is always L
 SHORT_WINDOW = 1 / 8  # share of the context that an S layer sees
 ROPE_BASE = 10_000  # the slowest channel turns by one radian in so many positions
-KEY_SHIFT = by_profile(full=0, small=0, tiny=1)  # positions by which half of the heads get keys late
 VE_GATE_CHANNELS = 32  # channels of x that the value embeddings' gate sees
 X0_LAMBDA = 0.1  # initial share of the embedding that each layer adds to its input
-MLP_RATIO = by_profile(full=4, small=4, tiny=1)  # hidden channels of an MLP / C
-SOFTCAP = by_profile(full=15, small=15, tiny=0)  # logits lie in (-SOFTCAP, SOFTCAP); 0: anywhere
-BIGRAM_ROWS = by_profile(full=0, small=0, tiny=2**17)  # hashed embeddings of token pairs, and smear; 0: neither
-SMEAR = 3  # earlier positions mixed into an embedding, in learned shares
+MLP_RATIO = 4  # hidden channels of an MLP / C
+SOFTCAP = 15  # logits lie in (-SOFTCAP, SOFTCAP)
 
 # Batch
-TOTAL_BATCH_SIZE = by_profile(full=2**17, small=2**14, tiny=2**13)  # tokens per optimizer step
-DEVICE_BATCH_SIZE = by_profile(full=64, small=16, tiny=32)  # rows per forward pass, fewer if they do not fit
-LOSS_CHUNK = by_profile(full=2**13, small=2**13, tiny=2**12)  # tokens whose logits exist at a time
+LOSS_CHUNKS = 8  # parts of a pass whose logits exist one after the other, to save memory
 EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation
 
 # Optimizer
-EMBEDDING_LR = by_profile(full=0.74, small=0.6, tiny=0.6)  # token, value and bigram embeddings
-UNEMBEDDING_LR = by_profile(full=0.010, small=0.004, tiny=0.010)  # lm_head (Adam)
-SCALAR_LR = 0.5  # x0_lambdas (Adam); smear at 0.1 and resid_lambdas at 0.01 of it
-VE_WEIGHT_DECAY = by_profile(full=0.004, small=0, tiny=0)  # of the value embeddings (Adam)
-ADAM_BETAS = (0.8, 0.95)  # of Adam's first and second moments
-X0_BETAS = (0.96, 0.95)  # the same for x0_lambdas
+EMBEDDING_LR = 0.74  # all embeddings (Adam)
+VE_WEIGHT_DECAY = 0.004  # of the value embeddings
+UNEMBEDDING_LR = 0.010  # lm_head (Adam)
+X0_LR = 0.5  # x0_lambdas (Adam)
+X0_BETAS = (0.96, 0.95)
+SCALAR_LR = 0.005  # resid_lambdas, and every parameter that you add outside of the other groups (Adam)
+ADAM_BETAS = (0.8, 0.95)  # of the first and second moments
 ADAM_EPS = 1e-10  # added to the root of the second moment
-MATRIX_LR = by_profile(full=0.04, small=0.04, tiny=0.06)  # the matrices of the blocks (Muon)
+MATRIX_LR = 0.04  # the matrices of the blocks (Muon)
 WEIGHT_DECAY = 0.2  # of Muon, falls to 0 over the run
 MOMENTUM = (0.85, 0.95)  # of Muon: at the first step, and from MOMENTUM_STEPS on
 MOMENTUM_STEPS = 300  # steps in which the momentum rises
 NORMUON_BETA2 = 0.95  # of NorMuon's second moment
-POLAR_STEPS = by_profile(full=5, small=5, tiny=3)  # iterations of Polar Express, 5 at most
 
 # Schedule, as shares of the time budget
 WARMUP_RATIO = 0.0  # the learning rate rises from 0
-WARMDOWN_RATIO = by_profile(full=0.825, small=0.5, tiny=0.85)  # it falls to FINAL_LR_FRAC
-FINAL_LR_FRAC = by_profile(full=0.025, small=0, tiny=0)  # of the learning rate, at the end
+WARMDOWN_RATIO = 0.825  # it falls to FINAL_LR_FRAC
+FINAL_LR_FRAC = 0.025  # of the learning rate, at the end
 
 # --------------
 # Attention backends: q (B, T, H, D), k and v (B, T, Hkv, D) -> (B, T, H, D). All see `window` keys to the left plus
@@ -89,8 +84,9 @@ def repeat_kv(t, n_head):
 
 def sdpa_attention(q, k, v, window):
     """Runs anywhere. An explicit mask, because MPS has leaked future tokens with is_causal in bf16."""
-    k, v = repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+    k = repeat_kv(k, q.size(2)).transpose(1, 2)  # (B, H, T, D)
+    v = repeat_kv(v, q.size(2)).transpose(1, 2)
+    q = q.transpose(1, 2)
     position = torch.arange(q.size(2), device=q.device)
     distance = position[:, None] - position  # of query (row) and key (column)
     mask = (distance >= 0) & (distance <= window)
@@ -101,7 +97,9 @@ def varlen_attention(q, k, v, window):
     """FlashAttention as bundled with torch: any CUDA GPU with bf16."""
     from torch.nn.attention.varlen import varlen_attn
     B, T, H, _ = q.shape
-    q, k, v = q.flatten(0, 1), repeat_kv(k, H).flatten(0, 1), repeat_kv(v, H).flatten(0, 1)  # (N, H, D)
+    q = q.flatten(0, 1)  # (N, H, D)
+    k = repeat_kv(k, H).flatten(0, 1)
+    v = repeat_kv(v, H).flatten(0, 1)
     ends = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=q.device)
     left = window if window < T - 1 else -1  # -1 is full context
     return varlen_attn(q, k, v, ends, ends, T, T, window_size=(left, 0)).unflatten(0, (B, T))
@@ -123,12 +121,50 @@ def load_fa3():
 
 def attention_backends(device, dtype):
     """(name, function that loads it) of the backends for `device`, the fastest first."""
-    backends = [("sdpa", lambda: sdpa_attention)]
+    backends = []
     if device.type == "cuda" and dtype == torch.bfloat16:
-        backends.insert(0, ("varlen", lambda: varlen_attention))
-        if (8, 0) <= torch.cuda.get_device_capability() <= (9, 0):  # what it is built for
-            backends.insert(0, ("fa3", load_fa3))
+        nvidia = torch.version.hip is None
+        if nvidia and (8, 0) <= torch.cuda.get_device_capability() <= (9, 0):  # what it is built for
+            backends.append(("fa3", load_fa3))
+        backends.append(("varlen", lambda: varlen_attention))
+    backends.append(("sdpa", lambda: sdpa_attention))
     return backends
+
+
+def attempt(what, function, *args):
+    """The result of function(*args), or None after one line that says why `what` is not available."""
+    try:
+        return function(*args)
+    except Exception as error:  # no network, no triton, no kernel for this GPU, ...
+        print(f"{what} is not available: {type(error).__name__}: {error}".splitlines()[0][:200], flush=True)
+
+
+def load_and_try(load, device, dtype, compiles):
+    """Load a backend and return it if a forward and a backward pass with it give finite numbers."""
+    attend = load()
+    called = torch.compile(attend, dynamic=False) if compiles else attend
+    n_head = WIDTH // HEAD_DIM
+    n_kv_head = n_head // QUERIES_PER_KV
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, MAX_SEQ_LEN, n, HEAD_DIM, generator=generator) for n in (n_head, n_kv_head, n_kv_head)]
+    leaves = [t.to(device, dtype).requires_grad_() for t in tensors]
+    y = called(*leaves, layer_windows()[0])
+    y.square().mean().backward()
+    for result in (y, *(leaf.grad for leaf in leaves)):
+        if not result.isfinite().all():
+            raise ArithmeticError("its numbers are not finite")
+    return attend
+
+
+def choose_attention(device, dtype, compiles):
+    """(name, function) of the fastest backend that works here."""
+    *faster, last = attention_backends(device, dtype)
+    for name, load in faster:
+        attend = attempt(name, load_and_try, load, device, dtype, compiles)
+        if attend:
+            return name, attend
+    name, load = last
+    return name, load()
 
 
 # --------------
@@ -136,7 +172,7 @@ def attention_backends(device, dtype):
 
 
 def layer_windows():
-    """Keys to the left that each layer sees: the pattern tiled, the last layer always L (full context)."""
+    """Keys to the left that each layer sees."""
     sizes = {"L": MAX_SEQ_LEN - 1, "S": int(SHORT_WINDOW * MAX_SEQ_LEN)}
     windows = [sizes[WINDOW_PATTERN[i % len(WINDOW_PATTERN)]] for i in range(DEPTH)]
     windows[-1] = sizes["L"]
@@ -148,8 +184,9 @@ def norm(x):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate the channel pairs (i, i + D/2) of x (B, T, H, D) by their position's angles (T, 1, D)."""
-    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+    """Rotate the channel pairs (i, i + D/2) of x (B, T, H, D) by the angles of their position (T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
 class Linear(nn.Linear):
@@ -164,9 +201,11 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, C, window, has_ve):
+    def __init__(self, attend, window, has_ve):
         super().__init__()
-        self.window, self.attend = window, sdpa_attention  # warm_up_fastest() replaces it
+        self.attend = attend
+        self.window = window
+        C = WIDTH
         n_kv_head = C // HEAD_DIM // QUERIES_PER_KV
         self.q = Linear(C, C)
         self.k = Linear(C, n_kv_head * HEAD_DIM)
@@ -182,26 +221,26 @@ class Attention(nn.Module):
         if self.ve_gate is not None:  # value residual: an embedding of the token, weighed per head
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        if KEY_SHIFT:  # a query like an earlier position finds the token after it: one layer can copy
-            k, late = k.tensor_split(2, 2)
-            k = torch.cat((k, F.pad(late, (0, 0, 0, 0, KEY_SHIFT, -KEY_SHIFT))), 2)
-        q, k = norm(apply_rope(q, cos, sin)), norm(apply_rope(k, cos, sin))  # QK-norm
+        q = norm(apply_rope(q, cos, sin))  # QK-norm
+        k = norm(apply_rope(k, cos, sin))
         return self.proj(self.attend(q, k, v, self.window).reshape(B, T, C))
 
 
 class MLP(nn.Module):
-    def __init__(self, C):
+    def __init__(self):
         super().__init__()
-        self.fc, self.proj = Linear(C, MLP_RATIO * C), Linear(MLP_RATIO * C, C)
+        self.fc = Linear(WIDTH, MLP_RATIO * WIDTH)
+        self.proj = Linear(MLP_RATIO * WIDTH, WIDTH)
 
     def forward(self, x):
         return self.proj(F.relu(self.fc(x)).square())
 
 
 class Block(nn.Module):
-    def __init__(self, C, window, has_ve):
+    def __init__(self, attend, window, has_ve):
         super().__init__()
-        self.attn, self.mlp = Attention(C, window, has_ve), MLP(C)
+        self.attn = Attention(attend, window, has_ve)
+        self.mlp = MLP()
 
     def forward(self, x, x0, ve, resid_lambda, x0_lambda, cos, sin):
         x = resid_lambda * x + x0_lambda * x0
@@ -209,132 +248,87 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-def logits_of(x, weight):
-    """Float32 logits of the trunk's output x (..., C) and the head's weight (V, C)."""
-    logits = F.linear(x, weight.to(x.dtype)).float()
-    return SOFTCAP * torch.tanh(logits / SOFTCAP) if SOFTCAP else logits
-
-
-@torch.no_grad()
-def head_loss(x, weight, target):
-    """(sum of the cross-entropies of target (n, 1) given the trunk's output x (n, C), its gradients by x and weight).
-
-    By hand: autograd would pass over the logits, the largest tensors, more often.
-    """
-    logits = logits_of(x, weight)
-    p = logits.softmax(-1)
-    # sum of -log p[target], by the likeliest token, whose p cannot underflow
-    loss = (logits.amax(-1) - logits.gather(1, target)[:, 0] - p.amax(-1).log()).sum()
-    grad = p.scatter_add_(1, target, p.new_full(target.shape, -1))  # by the softcapped logits
-    if SOFTCAP:
-        grad *= 1 - (logits / SOFTCAP).square()
-    grad = grad.to(x.dtype)
-    return loss, grad @ weight.to(x.dtype), grad.mT @ x
-
-
 class GPT(nn.Module):
-    """model(inputs) gives logits (B, T, V), model.loss_backward(inputs, targets) the loss and its gradients."""
+    """model(inputs) takes ids (B, T) and gives the logits (B, T, V) of the next ones."""
 
-    def __init__(self, dtype):
+    def __init__(self, attend, dtype):
         super().__init__()
-        self.dtype, self.head_loss = dtype, head_loss  # dtype of the activations
-        n_head = math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)
-        if n_head % QUERIES_PER_KV:
-            raise SystemExit(f"{QUERIES_PER_KV=} must divide the {n_head} heads")
-        self.model_dim = C = n_head * HEAD_DIM
+        self.dtype = dtype  # of the activations
         self.windows = layer_windows()
         with_ve = range((DEPTH - 1) % 2, DEPTH, 2)  # every second layer, and the last
-        self.wte = nn.Embedding(VOCAB_SIZE, C)
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(VOCAB_SIZE, C // QUERIES_PER_KV) for i in with_ve})
-        if BIGRAM_ROWS:
-            self.bigram = nn.Embedding(BIGRAM_ROWS, C, sparse=True)
-            self.smear = nn.Parameter(torch.zeros(SMEAR, C))
-        self.blocks = nn.ModuleList(Block(C, window, i in with_ve) for i, window in enumerate(self.windows))
-        self.lm_head = Linear(C, VOCAB_SIZE)
+        self.wte = nn.Embedding(VOCAB_SIZE, WIDTH)
+        self.previous_wte = nn.Embedding(VOCAB_SIZE, WIDTH)  # of the token before
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(VOCAB_SIZE, WIDTH // QUERIES_PER_KV) for i in with_ve})
+        self.blocks = nn.ModuleList(Block(attend, window, i in with_ve) for i, window in enumerate(self.windows))
+        self.lm_head = Linear(WIDTH, VOCAB_SIZE)
         self.resid_lambdas = nn.Parameter(torch.ones(DEPTH))
         self.x0_lambdas = nn.Parameter(torch.full((DEPTH,), X0_LAMBDA))
         frequencies = float(ROPE_BASE) ** -torch.linspace(0, 1, HEAD_DIM // 2 + 1)[:-1]
-        angles = torch.arange(MAX_SEQ_LEN)[:, None, None] * torch.cat((frequencies, -frequencies))
-        self.register_buffer("cos", angles.cos().to(dtype), persistent=False)  # (T, 1, D)
+        angles = torch.arange(MAX_SEQ_LEN)[:, None, None] * frequencies  # (T, 1, D/2)
+        self.register_buffer("cos", angles.cos().to(dtype), persistent=False)
         self.register_buffer("sin", angles.sin().to(dtype), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        bound = (3 / self.model_dim) ** 0.5  # of a uniform distribution with variance 1/C
+        bound = (3 / WIDTH) ** 0.5  # of a uniform distribution with variance 1/C
         for block in self.blocks:
             for matrix in (block.attn.q, block.attn.k, block.attn.v, block.mlp.fc):
                 nn.init.uniform_(matrix.weight, -bound, bound)
         nn.init.normal_(self.wte.weight)
+        nn.init.zeros_(self.previous_wte.weight)
         nn.init.normal_(self.lm_head.weight, std=0.001)
         for table in self.value_embeds.values():
             nn.init.uniform_(table.weight, -bound, bound)
-        if BIGRAM_ROWS:
-            nn.init.zeros_(self.bigram.weight)
 
     def trunk(self, inputs):
         """(B, T) ids -> (B, T, C), all but the head."""
         T = inputs.size(1)
-        cos, sin = self.cos[:T], self.sin[:T]
-        x = self.wte(inputs)
-        if BIGRAM_ROWS:
-            before = F.pad(inputs, (1, -1))
-            x = x + self.bigram((before * 36313 ^ inputs * 27191) % BIGRAM_ROWS)
-            x = x + sum(share * F.pad(x, (0, 0, i, -i)) for i, share in enumerate(self.smear, 1))
-        x = x0 = norm(x.to(self.dtype))
-        resid_lambdas, x0_lambdas = self.resid_lambdas.unbind(), self.x0_lambdas.unbind()
+        cos = self.cos[:T]
+        sin = self.sin[:T]
+        previous = F.pad(inputs, (1, -1))
+        x = norm((self.wte(inputs) + self.previous_wte(previous)).to(self.dtype))
+        x0 = x
         for i, block in enumerate(self.blocks):
-            ve = self.value_embeds[str(i)](inputs).to(x.dtype) if str(i) in self.value_embeds else None
-            x = block(x, x0, ve, resid_lambdas[i], x0_lambdas[i], cos, sin)
+            ve = None
+            if str(i) in self.value_embeds:
+                ve = self.value_embeds[str(i)](inputs).to(x.dtype)
+            x = block(x, x0, ve, self.resid_lambdas[i], self.x0_lambdas[i], cos, sin)
         return norm(x)
 
+    def head(self, x):
+        """Float32 logits (..., V) of the trunk's output (..., C)."""
+        logits = self.lm_head(x / SOFTCAP).float()  # divided here, where it is smallest
+        return SOFTCAP * torch.tanh(logits)
+
     def forward(self, inputs):
-        return logits_of(self.trunk(inputs), self.lm_head.weight)
+        return self.head(self.trunk(inputs))
 
-    def loss_backward(self, inputs, targets, share=1.0):
-        """`share` of the mean cross-entropy, its gradients added to .grad; the head chunk by chunk, to save memory."""
-        x = self.trunk(inputs).flatten(0, 1)  # (N, C)
-        weight, scale = self.lm_head.weight, share / len(x)
-        total, x_grads = 0, []
-        for chunk, target in zip(x.split(LOSS_CHUNK), targets.view(-1, 1).split(LOSS_CHUNK)):
-            loss, x_grad, weight_grad = self.head_loss(chunk, weight, target)
-            total += loss * scale
-            x_grads.append(x_grad)
-            weight.backward(weight_grad * scale)  # adds it to .grad
-        x.backward(torch.cat(x_grads) * scale)
-        return total
-
-    def compile(self):
-        self.trunk = torch.compile(self.trunk, dynamic=False)
-        self.head_loss = torch.compile(head_loss, dynamic=False)
+    def loss(self, x, targets):
+        """The summed loss of the trunk's output x (n, C) for targets (n,). Change it here: autograd does the rest."""
+        return F.cross_entropy(self.head(x), targets, reduction="sum")
 
 
-def parameter_groups(model):
-    """(AdamW's groups, Muon's groups): every parameter in exactly one of them."""
-    scale = (model.model_dim / 768) ** -0.5  # Adam's learning rates were tuned at 768
-    adamw = [
-        dict(params=[model.wte.weight], lr=EMBEDDING_LR * scale),
-        dict(params=list(model.value_embeds.parameters()), lr=EMBEDDING_LR * scale, weight_decay=VE_WEIGHT_DECAY),
-        dict(params=[model.lm_head.weight], lr=UNEMBEDDING_LR * scale),
-        dict(params=[model.resid_lambdas], lr=SCALAR_LR * 0.01),
-        dict(params=[model.x0_lambdas], lr=SCALAR_LR, betas=X0_BETAS),
-    ]
-    if BIGRAM_ROWS:
-        adamw[0]["params"].append(model.bigram.weight)
-        adamw.append(dict(params=[model.smear], lr=SCALAR_LR * 0.1))
-    stacks = {}  # Muon stacks matrices of one shape
-    for p in model.blocks.parameters():
-        stacks.setdefault(p.shape, []).append(p)
-    muon = [dict(params=stack, lr=MATRIX_LR * max(1, rows / cols) ** 0.5) for (rows, cols), stack in stacks.items()]
-    grouped = [id(p) for group in adamw + muon for p in group["params"]]
-    assert sorted(grouped) == sorted(map(id, model.parameters())), "a parameter is in no group or in two"
-    return adamw, muon
+def backward(model, inputs, targets, share):
+    """Add the gradients of `share` of the mean loss to .grad, and return that part of the loss.
+
+    The head comes chunk by chunk: the logits, the largest tensors by far, exist for one chunk at a time.
+    """
+    x = model.trunk(inputs).flatten(0, 1)  # (N, C)
+    chunks = x.detach().chunk(LOSS_CHUNKS)
+    total = 0
+    for chunk, chunk_targets in zip(chunks, targets.flatten().chunk(LOSS_CHUNKS)):
+        loss = model.loss(chunk.requires_grad_(), chunk_targets) * (share / targets.numel())
+        loss.backward()
+        total += loss.detach()
+    x.backward(torch.cat([chunk.grad for chunk in chunks]))
+    return total
 
 
 def flops_per_token(model):
     """Training FLOPs: 6 per matmul parameter, 12 C per key of the window, also where the row has fewer."""
     matmul = sum(p.numel() for p in [*model.blocks.parameters(), model.lm_head.weight])
-    return 6 * matmul + 12 * model.model_dim * sum(window + 1 for window in model.windows)
+    return 6 * matmul + 12 * WIDTH * sum(window + 1 for window in model.windows)
 
 
 # --------------
@@ -355,11 +349,14 @@ def orthogonalize(g, dtype):
     x = g.to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x  # products of the smaller side
-    for a, b, c in POLAR_EXPRESS[:POLAR_STEPS]:
+    if tall:  # products of the smaller side
+        x = x.mT
+    for a, b, c in POLAR_EXPRESS:
         A = x @ x.mT
         x = a * x + (b * A + c * (A @ A)) @ x
-    return x.mT if tall else x
+    if tall:
+        x = x.mT
+    return x
 
 
 def muon_update(p, g, momentum_buffer, second_moment, lr, momentum, weight_decay, dtype):
@@ -377,12 +374,43 @@ def muon_update(p, g, momentum_buffer, second_moment, lr, momentum, weight_decay
     return p - lr * (u + weight_decay * p * agree)
 
 
+def parameter_groups(model):
+    """(AdamW's groups, Muon's groups): every parameter in exactly one of them, by its place and shape.
+
+    Muon moves the matrices of the blocks, stacked by shape; AdamW moves the tables, the head and all the rest.
+    """
+    scale = (WIDTH / 768) ** -0.5  # the learning rates of tables and head were tuned at 768
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    value_tables = set(model.value_embeds.parameters())
+    adamw = {}
+    muon = {}
+    for name, p in model.named_parameters():
+        if p in value_tables:
+            options = dict(lr=EMBEDDING_LR * scale, weight_decay=VE_WEIGHT_DECAY)
+        elif p in tables:
+            options = dict(lr=EMBEDDING_LR * scale)
+        elif p is model.lm_head.weight:
+            options = dict(lr=UNEMBEDDING_LR * scale)
+        elif p is model.x0_lambdas:
+            options = dict(lr=X0_LR, betas=X0_BETAS)
+        elif name.startswith("blocks.") and p.ndim == 2:
+            rows, cols = p.shape
+            muon.setdefault(p.shape, dict(params=[], lr=MATRIX_LR * max(1, rows / cols) ** 0.5))["params"].append(p)
+            continue
+        else:
+            options = dict(lr=SCALAR_LR)
+        adamw.setdefault(str(options), dict(params=[], **options))["params"].append(p)
+    return list(adamw.values()), list(muon.values())
+
+
 class MuonAdamW(torch.optim.AdamW):
-    """Muon, torch's AdamW, and a normalized step for sparse gradients. All state begins as zeros."""
+    """torch's AdamW, and Muon for groups of matrices of one shape. All state begins as zeros."""
 
     def __init__(self, adamw_groups, muon_groups, dtype):
         super().__init__(adamw_groups, betas=ADAM_BETAS, eps=ADAM_EPS, weight_decay=0.0, fused=True)
-        self.muon_groups, self.dtype, self.muon_update = muon_groups, dtype, muon_update
+        self.muon_groups = muon_groups
+        self.muon_update = muon_update
+        self.dtype = dtype
         for group in muon_groups:
             first = group["params"][0]
             buffer = torch.zeros(len(group["params"]), *first.shape, device=first.device)
@@ -393,20 +421,17 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad.is_sparse:  # Adam would pass over all rows, not those met
-                    grad, p.grad = p.grad.coalesce(), None
-                    step = F.normalize(grad.values()) * p.size(1) ** 0.5
-                    p.index_add_(0, grad.indices()[0], step, alpha=-group["lr"])
         super().step()
         for group in self.muon_groups:
             params = group["params"]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
             # tensors, so that torch.compile makes no constants of them
             scheduled = {name: torch.tensor(group[name]) for name in ("lr", "momentum", "weight_decay")}
-            new = self.muon_update(torch.stack(params), torch.stack([p.grad for p in params]), dtype=self.dtype,
-                                   **self.state[params[0]], **scheduled)
-            torch._foreach_copy_(params, list(new.unbind()))
+            stepped = self.muon_update(torch.stack(params), torch.stack(grads), dtype=self.dtype,
+                                       **self.state[params[0]], **scheduled)
+            for p, new in zip(params, stepped):
+                if p.grad is not None:
+                    p.copy_(new)
 
 
 # --------------
@@ -415,9 +440,12 @@ class MuonAdamW(torch.optim.AdamW):
 
 def lr_multiplier(progress):
     """Trapezoid over progress 0..1 (warm-up, constant, warm-down)."""
-    up = progress / WARMUP_RATIO if WARMUP_RATIO else 1.0
-    down = (1 - progress) / WARMDOWN_RATIO if WARMDOWN_RATIO else 1.0
-    return min(1.0, up, FINAL_LR_FRAC + (1 - FINAL_LR_FRAC) * max(0.0, down))
+    if progress < WARMUP_RATIO:
+        return progress / WARMUP_RATIO
+    if progress <= 1 - WARMDOWN_RATIO:
+        return 1.0
+    left = max(0.0, 1 - progress) / WARMDOWN_RATIO
+    return FINAL_LR_FRAC + (1 - FINAL_LR_FRAC) * left
 
 
 def set_schedules(optimizer, progress, step):
@@ -430,7 +458,7 @@ def set_schedules(optimizer, progress, step):
 
 
 # --------------
-# The run
+# The machine
 
 PEAK_FLOPS = {  # dense bf16, by words of the GPU's name
     "H100 PCIe": 756e12, "H100": 989.5e12, "H200": 989.5e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12,
@@ -453,25 +481,57 @@ def choose_device():
         return torch.device("cuda"), torch.cuda.get_device_name(), torch.bfloat16 if bf16 else torch.float32
     if PROFILE == "small" and torch.backends.mps.is_available():
         return torch.device("mps"), "Apple MPS", torch.float32
-    return torch.device("cpu"), f"CPU x{torch.get_num_threads()}", torch.bfloat16 if CPU_BF16 else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    bf16 = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.device("cpu"), f"CPU x{torch.get_num_threads()}", torch.bfloat16 if bf16 else torch.float32
 
 
-def keep_freed_memory():
-    """Let glibc keep what is freed: mapping every large tensor anew costs more than the work on it."""
+def set_memory_limits(device):
+    """Let glibc keep what is freed, and let CUDA fail, not spill into the system's memory, under WSL 2."""
+    if device.type == "cuda" and "microsoft" in platform.release().lower():
+        torch.cuda.set_per_process_memory_fraction(0.9)
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return  # no glibc
+    # mapping every large tensor anew costs a CPU more than the work on it
     mallopt(-4, 0)  # M_MMAP_MAX
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     mallopt(-2, 2**28)  # M_TOP_PAD
 
 
-def can_compile(device, dtype):
-    """Whether torch.compile works and pays: on a GPU, or on a CPU with bf16."""
-    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # spares a CPU trials of itself
-    compiled = lambda: torch.compile(torch.sin)(torch.ones(64, device=device))
-    return (device.type == "cuda" or dtype == torch.bfloat16) and attempt("torch.compile", compiled) is not None
+def can_compile(device):
+    """Whether torch.compile works, and pays within five minutes: on a CPU it takes one or two of them."""
+    if device.type != "cuda":
+        return False
+    return attempt("torch.compile", torch.compile(torch.sin), torch.ones(64, device=device)) is not None
+
+
+def compile_hot_functions(model, optimizer):
+    torch._dynamo.config.recompile_limit = 64  # shapes of a function: with more, it would go on uncompiled
+    model.trunk = torch.compile(model.trunk, dynamic=False)
+    model.loss = torch.compile(model.loss, dynamic=False)
+    optimizer.muon_update = torch.compile(optimizer.muon_update, dynamic=False)
+
+
+def peak_memory_mb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError is that of CUDA, MPS or a CPU without memory."""
+    return re.search("out of memory|allocate memory", str(error)) is not None
+
+
+# --------------
+# The run
 
 
 def train_step(model, optimizer, batch, next_batch, grad_accum_steps):
@@ -479,7 +539,7 @@ def train_step(model, optimizer, batch, next_batch, grad_accum_steps):
     total = 0
     for _ in range(grad_accum_steps):
         inputs, targets, _ = batch
-        total += model.loss_backward(inputs, targets, 1 / grad_accum_steps)
+        total += backward(model, inputs, targets, 1 / grad_accum_steps)
         batch = next_batch()  # while the GPU computes
     optimizer.step()
     model.zero_grad(set_to_none=True)
@@ -500,8 +560,8 @@ def warm_up(model, optimizer, device):
             loss, _ = train_step(model, optimizer, batch, lambda: batch, passes)
             loss.item()  # waits for the device
             return rows
-        except torch.OutOfMemoryError:
-            if rows == 1:
+        except RuntimeError as error:
+            if rows == 1 or not is_out_of_memory(error):
                 raise
         finally:
             model.zero_grad(set_to_none=True)
@@ -511,81 +571,52 @@ def warm_up(model, optimizer, device):
                     torch._foreach_zero_(list(state.values()))
         # not in the except block, which holds the failed step's tensors
         torch.cuda.empty_cache()
+        if device.type == "mps":
+            torch.mps.empty_cache()
         rows = rows // 2 if rows % 2 == 0 else 1
 
 
-def attempt(what, function):
-    """The result of function(), or None after one line that says why `what` is not available."""
-    try:
-        return function()
-    except Exception as error:  # no network, no triton, ...
-        print(f"{what} is not available: {type(error).__name__}: {error}".splitlines()[0][:200], flush=True)
+def start_copy(loss, step):
+    """Begin to copy a loss to the host: (step, the copy, an event after which it is there)."""
+    if not loss.is_cuda:
+        return step, loss, None
+    return step, loss.to("cpu", non_blocking=True), torch.cuda.current_stream().record_event()
 
 
-def warm_up_fastest(model, optimizer, device):
-    """(attention backend, rows): the fastest with which a step compiles and runs."""
-    for name, load in attention_backends(device, model.dtype):
-
-        def trial():
-            attend = load()
-            for block in model.blocks:
-                block.attn.attend = attend
-            return warm_up(model, optimizer, device)
-
-        # what fails with sdpa, the last, is the model, whose traceback is wanted
-        if rows := trial() if name == "sdpa" else attempt(name, trial):
-            return name, rows
-
-
-def start_reading(loss, step):
-    """Begin to copy a loss to the host; the function returned waits for the copy, not for later work."""
-    host = loss.to("cpu", non_blocking=loss.is_cuda)
-    copied = torch.cuda.current_stream().record_event() if loss.is_cuda else None
-
-    def read():
-        if copied:
-            copied.synchronize()
-        if not host.item() <= 100:  # NaN too
-            raise SystemExit(f"FAIL: loss is {host.item()} at step {step}")
-        return host.item()
-
-    return read
-
-
-def peak_memory_mb(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+def finish_copy(step, loss, copied):
+    """The loss as a number, waiting for nothing that was launched after it; SystemExit if training has failed."""
+    if copied is not None:
+        copied.synchronize()
+    if not loss.item() <= 100:  # NaN too
+        raise SystemExit(f"loss is {loss.item()} at step {step}")
+    return loss.item()
 
 
 def main():
     """One experiment: prints the summary and returns it as a dict."""
     start_watchdog()
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))
     device, device_name, dtype = choose_device()
     seed = os.environ.get("SEED", "42")
     if not seed.isdecimal():
         raise SystemExit(f"SEED={seed} must be a whole number")
+    if WIDTH % (HEAD_DIM * QUERIES_PER_KV):
+        raise SystemExit(f"{WIDTH=} must be a multiple of {HEAD_DIM=} * {QUERIES_PER_KV=}")
     if TOTAL_BATCH_SIZE % (DEVICE_BATCH_SIZE * MAX_SEQ_LEN):
         raise SystemExit(f"{TOTAL_BATCH_SIZE=} must be a multiple of {DEVICE_BATCH_SIZE=} * {MAX_SEQ_LEN=}")
     torch.manual_seed(int(seed) % 2**63)
     torch.set_float32_matmul_precision("high")
-    keep_freed_memory()
+    set_memory_limits(device)
 
-    tokenizer, dataset = Tokenizer.from_directory(), dataset_id()
-    model = GPT(dtype).to(device)
-    if device.type == "cuda":
-        for table in (model.wte, *model.value_embeds.values()):
-            table.to(torch.bfloat16)  # gradients and Adam's state too: half the traffic
+    tokenizer = Tokenizer.from_directory()
+    dataset = dataset_id()
+    compiles = can_compile(device)
+    attention, attend = choose_attention(device, dtype, compiles)
+    model = GPT(attend, dtype).to(device)
     optimizer = MuonAdamW(*parameter_groups(model), dtype)
-    if can_compile(device, dtype):
-        model.compile()
-        optimizer.muon_update = torch.compile(muon_update, dynamic=False)
-    attention, rows = warm_up_fastest(model, optimizer, device)
+    if compiles:
+        compile_hot_functions(model, optimizer)
+    rows = warm_up(model, optimizer, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     grad_accum_steps = TOTAL_BATCH_SIZE // (rows * MAX_SEQ_LEN)
@@ -599,29 +630,32 @@ def main():
     print(f"ready to train after {time.perf_counter() - START:.1f} s", flush=True)
 
     line_end = "\r" if sys.stdout.isatty() else "\n"  # rewritten, or at most 50 lines in a file
-    step, elapsed, shown, read_loss = 0, 0.0, -math.inf, None
+    step = 0
+    elapsed = 0.0
+    shown = -math.inf
+    copies = []
     begin = time.perf_counter()
     while elapsed < TIME_BUDGET:
         set_schedules(optimizer, elapsed / TIME_BUDGET, step)
         loss, batch = train_step(model, optimizer, batch, lambda: next(loader), grad_accum_steps)
-        # read while the GPU works on the next step, so that it never waits for Python
-        read_previous, read_loss = read_loss, start_reading(loss, step)
-        loss = read_previous() if read_previous else read_loss()
+        # a loss is read when the next step has been launched, so that the GPU never waits for Python
+        copies.append(start_copy(loss, step))
+        if step > 0:
+            last_loss = finish_copy(*copies.pop(0))
         step += 1
         elapsed = time.perf_counter() - begin
-        if line_end == "\r" or elapsed - shown >= TIME_BUDGET / 50:
+        if step > 1 and (line_end == "\r" or elapsed - shown >= TIME_BUDGET / 50):
             shown = elapsed
             tokens_per_second = step * TOTAL_BATCH_SIZE / elapsed
-            print(f"step {step:5} | {100 * elapsed / TIME_BUDGET:5.1f} % | loss {loss:7.4f} | "
+            print(f"step {step:5} | {100 * elapsed / TIME_BUDGET:5.1f} % | loss {last_loss:7.4f} | "
                   f"{tokens_per_second:11,.0f} tok/s | epoch {batch[2]}", end=line_end, flush=True)
-    read_loss()  # waits for the last step
+    finish_copy(*copies.pop())  # waits for the last step
     training_seconds = time.perf_counter() - begin
 
     torch.save(model.state_dict(), "model.pt")
     if training_seconds > TIME_BUDGET + 15:  # time that others do not have
-        raise SystemExit(f"FAIL: {training_seconds:.0f} s of training in {step} steps: lower {TOTAL_BATCH_SIZE=} or "
+        raise SystemExit(f"{training_seconds:.0f} s of training in {step} steps: lower {TOTAL_BATCH_SIZE=} or "
                          "the model's size")
-    start_watchdog()  # anew: a slow GPU evaluates for minutes
     summary = {"val_bpb": f"{evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE):.6f}"}
     if os.environ.get("AUTORESEARCH_HOLDOUT") == "1":
         summary["holdout_bpb"] = f"{evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE, 'holdout'):.6f}"
@@ -651,10 +685,10 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except YardstickError as error:
+    except (SystemExit, YardstickError) as error:  # the agent looks for FAIL
         raise SystemExit(f"FAIL: {error}") from None
-    except RuntimeError as error:  # as CUDA, MPS and the CPU say it
-        if not re.search("out of memory|allocate memory", str(error)):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         raise SystemExit(f"FAIL: out of memory with {DEVICE_BATCH_SIZE=}: halve it, TOTAL_BATCH_SIZE stays the same; "
                          f"after the last step halve {EVAL_BATCH_SIZE=}") from None

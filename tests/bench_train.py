@@ -39,7 +39,7 @@ CUDA = DEVICE.type == "cuda"
 
 # The constants of the faithful baseline where train.py has others, in the order in which `recipe` replaces them
 FAITHFUL = dict(
-    TOTAL_BATCH_SIZE=2**19, ASPECT_RATIO=64, EMBEDDING_LR=0.6, UNEMBEDDING_LR=0.004, VE_WEIGHT_DECAY=0.0,
+    TOTAL_BATCH_SIZE=2**19, WIDTH=512, EMBEDDING_LR=0.6, UNEMBEDDING_LR=0.004, VE_WEIGHT_DECAY=0.0,
     SHORT_WINDOW=0.5, FINAL_LR_FRAC=0.0, WARMDOWN_RATIO=0.5)
 
 
@@ -110,7 +110,7 @@ def attention():
                 row(name, n_kv_head, *(f"{error:.1e}" for error in errors))
 
     torch._dynamo.config.recompile_limit = 64
-    for compiled in (False, True) if train.can_compile(DEVICE, DTYPE) else (False,):
+    for compiled in (False, True) if train.can_compile(DEVICE) else (False,):
         header(f"TFLOP/s at ({B}, {T}, {H}, {D}) in bf16, {'compiled' if compiled else 'eager'}; a visible key counts "
                "4 D FLOPs forward and 12 D with backward", "backend", "window", "forward", "forward + backward")
         for name, attend in backends.items():
@@ -130,30 +130,28 @@ def attention():
 
 
 class Trainer:
-    """What train.main makes before its first step, with both losses."""
+    """What train.main makes before its first step, and a plain loss beside its own."""
 
     def __init__(self):
         torch.manual_seed(42)
-        self.model = model = train.GPT(DTYPE).to(DEVICE)
-        if CUDA:
-            for table in (model.wte, *model.value_embeds.values()):
-                table.to(torch.bfloat16)
-        self.optimizer, cross_entropy = train.MuonAdamW(*train.parameter_groups(model), DTYPE), F.cross_entropy
-        compiled = train.can_compile(DEVICE, DTYPE)
-        if compiled:
-            model.compile()
-            self.optimizer.muon_update = torch.compile(train.muon_update, dynamic=False)
-            cross_entropy = torch.compile(F.cross_entropy, dynamic=False)
+        compiles = train.can_compile(DEVICE)
+        attention, attend = train.choose_attention(DEVICE, DTYPE, compiles)
+        self.model = model = train.GPT(attend, DTYPE).to(DEVICE)
+        self.optimizer = train.MuonAdamW(*train.parameter_groups(model), DTYPE)
+        cross_entropy = F.cross_entropy
+        if compiles:
+            train.compile_hot_functions(model, self.optimizer)
+            cross_entropy = torch.compile(cross_entropy, dynamic=False)
 
-        def plain(inputs, targets, share=1.0):
+        def plain(model, inputs, targets, share):
             loss = cross_entropy(model(inputs).float().flatten(0, 1), targets.flatten()) * share
             loss.backward()
             return loss.detach()
 
-        self.losses = {"ours": model.loss_backward, "plain": plain}
+        self.losses = {"ours": train.backward, "plain": plain}
         self.tokenizer = prepare.Tokenizer.from_directory()
-        attention, self.rows = train.warm_up_fastest(model, self.optimizer, DEVICE)
-        print(f"\nattention {attention}, {'compiled' if compiled else 'eager'}, dataset {prepare.dataset_id()}, "
+        self.rows = train.warm_up(model, self.optimizer, DEVICE)
+        print(f"\nattention {attention}, {'compiled' if compiles else 'eager'}, dataset {prepare.dataset_id()}, "
               f"{sum(p.numel() for p in model.parameters()):,} parameters")
 
 
@@ -162,7 +160,7 @@ class Version:
 
     def __init__(self, trainer, kind, rows):
         self.trainer, self.loss, self.waits = trainer, trainer.losses[kind], kind == "plain"
-        train.DEVICE_BATCH_SIZE, trainer.model.loss_backward = rows, self.loss
+        train.DEVICE_BATCH_SIZE, train.backward = rows, self.loss
         self.rows = train.warm_up(trainer.model, trainer.optimizer, DEVICE)
         loader = prepare.make_dataloader(trainer.tokenizer, self.rows, T, "train", DEVICE)
         self.next_batch, self.grad_accum_steps = lambda: next(loader), train.TOTAL_BATCH_SIZE // (self.rows * T)
@@ -170,8 +168,8 @@ class Version:
 
     def run(self, steps):
         """One round: adds its tokens per second to `rates`."""
-        model, optimizer, read = self.trainer.model, self.trainer.optimizer, None
-        model.loss_backward = self.loss
+        model, optimizer, copies = self.trainer.model, self.trainer.optimizer, []
+        train.backward = self.loss
         gc.collect()
         gc.disable()  # as train.main
         synchronize()
@@ -187,9 +185,9 @@ class Version:
                 synchronize()
                 loss.item()
             else:  # one step late, as train.main
-                read_previous, read = read, train.start_reading(loss, step)
-                if read_previous:
-                    read_previous()
+                copies.append(train.start_copy(loss, step))
+                if step > 0:
+                    train.finish_copy(*copies.pop(0))
         synchronize()
         self.rates.append(steps * train.TOTAL_BATCH_SIZE / (time.perf_counter() - start))
         gc.enable()
@@ -216,7 +214,7 @@ def step(rounds=5 if CUDA else 2, steps=6 if CUDA else 2):
             mfu = 100 * statistics.median(version.rates) * flops / peak
             ratio = spread([a / b for a, b in zip(ours.rates, version.rates)], 3)
             row(version.rows, kind, spread(version.rates), f"{mfu:.2f}", ratio, f"{version.peak_mb:,.0f}")
-        losses = [loss(*ours.batch[:2]).item() for loss in trainer.losses.values()]
+        losses = [loss(trainer.model, *ours.batch[:2], 1).item() for loss in trainer.losses.values()]
         trainer.model.zero_grad()
     print("\nmean loss of the same weights on the same rows: ours {:.5f}, plain {:.5f}".format(*losses))
 
@@ -320,8 +318,7 @@ def main():
     if names[0] != "recipe":  # whose runs have one each
         prepare.start_watchdog()
     torch.set_float32_matmul_precision("high")  # this and the next as train.main
-    if not CUDA:
-        train.keep_freed_memory()
+    train.set_memory_limits(DEVICE)
     print(f"\n## {names[0]}: {DEVICE_NAME}, torch {torch.__version__}, profile {train.PROFILE}"
           f"{'' if CUDA else ', no GPU: small shapes, only to show that it runs'}")
     parts[names[0]]()

@@ -119,6 +119,37 @@ def test_every_kind_of_file_below_a_folder_is_read_and_what_cannot_be_is_named_o
     assert lines[0].endswith("bad.jsonl: line 2 has no string `text`")
 
 
+@pytest.fixture
+def python_files(tmp_path, monkeypatch):
+    """An empty folder in the place of the interpreter's."""
+    paths = dict.fromkeys(("stdlib", "purelib", "platlib"), tmp_path / "lib")
+    (tmp_path / "lib").mkdir()
+    monkeypatch.setattr(prepare, "sysconfig", SimpleNamespace(get_paths=lambda: paths))
+    monkeypatch.setattr(prepare, "DATASET", "python")
+    prepare.python_documents.cache_clear()
+    yield tmp_path / "lib"
+    prepare.python_documents.cache_clear()
+
+
+def test_the_python_dataset_has_a_size_of_its_own(python_files, constants):
+    constants(PYTHON_BYTES=10_000)
+    for i in range(50):
+        (python_files / f"{i}.py").write_text(f"{i:03}" * 300)
+    assert len(prepare.python_documents()) == 11
+
+
+def test_no_ten_files_hold_more_than_a_fifth_of_a_held_out_split_of_the_python_dataset(python_files):
+    """On a machine with giant files, generated ones among them, ten had 57 % of the hold-out and val_bpb was theirs."""
+    for i in range(6000):
+        size = 200_000 if i % 40 == 0 else 100 + i
+        (python_files / f"{i}.py").write_text(f"x = {i}\n" * (size // len(f"x = {i}\n")))
+    sizes = {split: [] for split in prepare.SPLITS}
+    for split, text in prepare.documents(1):
+        sizes[split].append(len(text))
+    for split in ("val", "holdout"):
+        assert sum(sorted(sizes[split])[-10:]) <= 0.2 * sum(sizes[split])
+
+
 def test_a_long_text_is_cut_at_the_ends_of_lines(folder):
     """As one document a book was in one split alone."""
     book = "".join(f"line {i} of a long book\n" for i in range(20_000))
@@ -164,7 +195,7 @@ def test_token_files_hold_every_document_in_order_and_splits_share_no_text(
     write_jsonl(filled / "again.jsonl", stories(400))
     paths = dict.fromkeys(("stdlib", "purelib", "platlib"), filled)
     monkeypatch.setattr(prepare, "sysconfig", SimpleNamespace(get_paths=lambda: paths))
-    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(prepare, "available_cpus", lambda: 3)
     constants(BATCH_DOCUMENTS=500, TASK_DOCUMENTS=7)
     if dataset != "folder":
         constants(DATASET=dataset)
@@ -237,16 +268,19 @@ def test_after_a_full_disk_or_a_kill_the_next_run_completes_the_same_dataset(fil
 
 
 @pytest.mark.parametrize("name, kept, end", [
-    ("val.tokens", -2, b""), ("train.tokens", -1, b"?"), ("manifest.json", 99, b""),
+    ("val.tokens", -2, b""), ("val.tokens", -1, b"?"), ("holdout.lengths", -1, b"?"), ("tokenizer.tiktoken", -1, b" "),
+    ("train.tokens", -2, b""), ("train.tokens", -1, b"?"), ("manifest.json", 99, b""),
     ("manifest.json", 0, b'{"source": "of FORMAT 1", "files": {}}')])
 def test_a_damaged_or_old_file_is_noticed_and_mended(filled, constants, name, kept, end):
     prepare.prepare(None, 1)
     path, want = prepare.data_dir() / name, prepare.dataset_id()
     whole = path.read_bytes()
     path.write_bytes(whole[:kept] + end)
-    if path.stat().st_size != len(whole):  # sizes are all that train.py checks
+    prepare.token_files.cache_clear()
+    if name != "train.tokens" or path.stat().st_size != len(whole):  # of which train.py compares the size alone
         with pytest.raises(SystemExit, match=r"\A.* is not prepared: .*; run: uv run prepare.py\Z"):
             prepare.Tokenizer.from_directory()
+            prepare.token_files(prepare.data_dir())
     prepare.prepare(None, 1)
     assert path.read_bytes() == whole and prepare.dataset_id() == want
     constants(FORMAT=prepare.FORMAT + 1)

@@ -22,9 +22,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 backends = pytest.mark.parametrize("name, device", [
     ("sdpa", "cpu"), *(pytest.param(name, "cuda", marks=cuda) for name in ("sdpa", "varlen", "fa3"))])
-SMALL = dict(VOCAB_SIZE=50, MAX_SEQ_LEN=16, DEPTH=3, ASPECT_RATIO=10, HEAD_DIM=8, QUERIES_PER_KV=2, WINDOW_PATTERN="S",
-             SHORT_WINDOW=0.5, KEY_SHIFT=1, MLP_RATIO=4, BIGRAM_ROWS=0, LOSS_CHUNK=5, DEVICE_BATCH_SIZE=2,
-             TOTAL_BATCH_SIZE=64)
+SMALL = dict(VOCAB_SIZE=50, MAX_SEQ_LEN=16, DEPTH=3, WIDTH=32, HEAD_DIM=8, QUERIES_PER_KV=2, WINDOW_PATTERN="S",
+             SHORT_WINDOW=0.5, MLP_RATIO=4, LOSS_CHUNKS=3, DEVICE_BATCH_SIZE=2, TOTAL_BATCH_SIZE=64)
 
 
 def backend(name):
@@ -48,10 +47,10 @@ def constants(monkeypatch):
 @pytest.fixture
 def build(constants):
     """Makes a model of given constants in which nothing is zero, so that every path carries something."""
-    def make(dtype=torch.float32, **changes):
+    def make(dtype=torch.float32, attend=train.sdpa_attention, **changes):
         constants(**changes)
         torch.manual_seed(0)
-        model = train.GPT(dtype)
+        model = train.GPT(attend, dtype)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.2 * torch.randn_like(p))
@@ -104,23 +103,14 @@ def moved_positions(model, position):
 @backends
 def test_the_model_is_causal_and_its_reach_is_the_sum_of_its_windows(build, monkeypatch, name, device):
     monkeypatch.setattr(train, "layer_windows", lambda: [4, 4, 4])
-    model = build(torch.float32 if name == "sdpa" else torch.bfloat16, MAX_SEQ_LEN=64, HEAD_DIM=64, ASPECT_RATIO=80)
-    for block in model.to(device).blocks:
-        block.attn.attend = backend(name)
-    assert moved_positions(model, 20) == list(range(20, 20 + 3 * (4 + 1) + 1))
+    dtype = torch.float32 if name == "sdpa" else torch.bfloat16
+    model = build(dtype, backend(name), MAX_SEQ_LEN=64, HEAD_DIM=64, WIDTH=256).to(device)
+    assert moved_positions(model, 20) == list(range(20, 20 + 3 * 4 + 1 + 1))  # and one by the token before
 
 
-def test_half_of_the_heads_get_their_keys_late(build):
-    model, keys = build(KEY_SHIFT=2), []
-    model.blocks[0].attn.attend = lambda q, k, *_: keys.append(k) or q
-    model(random_batch()[0])
-    missing = (keys[0][0] == 0).all(-1)  # (T, Hkv)
-    assert missing.nonzero().tolist() == [[0, 1], [1, 1]]
-
-
-def test_bigrams_look_back_by_one_and_smear_by_its_positions(build, monkeypatch):
+def test_the_previous_tokens_embedding_looks_back_by_one(build, monkeypatch):
     monkeypatch.setattr(train, "layer_windows", lambda: [0, 0, 0])
-    assert moved_positions(build(BIGRAM_ROWS=64, SMEAR=2), 7) == [7, 8, 9, 10]
+    assert moved_positions(build(), 7) == [7, 8]
 
 
 def test_layer_windows_tile_the_pattern_and_end_in_full_context(constants):
@@ -146,13 +136,12 @@ def attend_but_not_back(*args):
     return y
 
 
-@pytest.mark.parametrize("fa3, varlen, chosen, reasons", [
-    (flash_attn_func, None, "fa3", []),
-    (None, train.sdpa_attention, "varlen", ["FileNotFoundError: Cannot find a local snapshot"]),  # nor a network
-    (no_kernel, attend_but_not_back, "sdpa", ["RuntimeError: no kernel image"] * 2)])
-def test_the_first_backend_with_which_a_step_works_is_chosen(build, monkeypatch, tmp_path, capsys, fa3, varlen, chosen,
-                                                             reasons):
-    """On a CPU that is offered an H100's; each other one is a printed line and leaves no trace."""
+def attend_to_nothing(q, k, v, window):
+    return q * math.nan
+
+
+def offer_h100s_backends(monkeypatch, tmp_path, fa3, varlen):
+    """To this CPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(train, "varlen_attention", varlen)
     of_h100 = train.attention_backends(CUDA, torch.bfloat16)
@@ -160,22 +149,40 @@ def test_the_first_backend_with_which_a_step_works_is_chosen(build, monkeypatch,
     monkeypatch.setattr("kernels.resolver.CACHE_DIR", str(tmp_path))
     if fa3:
         monkeypatch.setattr("kernels.get_kernel", lambda *_, **__: types.SimpleNamespace(flash_attn_func=fa3))
-    model, fresh = build(), build()
-    assert train.warm_up_fastest(model, optimizer_of(model), CPU) == (chosen, 2)
-    attend, = {block.attn.attend for block in model.blocks}
-    assert attend.__name__.startswith(chosen) or attend is varlen
-    assert all(map(torch.equal, model.parameters(), fresh.parameters()))
+
+
+@pytest.mark.parametrize("fa3, varlen, chosen, reasons", [
+    (flash_attn_func, None, "fa3", []),
+    (None, train.sdpa_attention, "varlen", ["FileNotFoundError: Cannot find a local snapshot"]),  # nor a network
+    (no_kernel, attend_but_not_back, "sdpa", ["RuntimeError: no kernel image"] * 2),
+    (None, attend_to_nothing, "sdpa", ["FileNotFoundError:", "ArithmeticError: its numbers are not finite"])])
+def test_the_first_backend_that_works_forward_and_back_is_chosen(constants, monkeypatch, tmp_path, capsys, fa3, varlen,
+                                                                 chosen, reasons):
+    """Each other one is a printed line; the random numbers of the model's weights are the same with all of them."""
+    constants()
+    offer_h100s_backends(monkeypatch, tmp_path, fa3, varlen)
+    random_state = torch.get_rng_state()
+    name, attend = train.choose_attention(CPU, torch.float32, compiles=False)
+    assert name == chosen and (attend.__name__.startswith(chosen) or attend is varlen)
+    assert torch.equal(torch.get_rng_state(), random_state)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(reasons)
-    for line, name, reason in zip(lines, ("fa3", "varlen"), reasons):
-        assert line.startswith(f"{name} is not available: {reason}")
+    for line, tried, reason in zip(lines, ("fa3", "varlen"), reasons):
+        assert line.startswith(f"{tried} is not available: {reason}")
 
 
-def test_a_failure_with_sdpa_is_raised(build, monkeypatch):
-    model = build()
-    monkeypatch.setattr(train, "sdpa_attention", no_kernel)
-    with pytest.raises(RuntimeError, match="no kernel image"):
-        train.warm_up_fastest(model, optimizer_of(model), CPU)
+def test_a_backend_that_cannot_be_compiled_is_not_chosen(constants, monkeypatch, tmp_path, capsys):
+    constants()
+    offer_h100s_backends(monkeypatch, tmp_path, flash_attn_func, train.sdpa_attention)
+    monkeypatch.setattr(torch, "compile", lambda attend, dynamic: no_kernel)
+    assert train.choose_attention(CPU, torch.float32, compiles=True) == ("sdpa", train.sdpa_attention)
+
+
+def test_rocm_is_not_offered_a_kernel_for_nvidia(monkeypatch):
+    """ROCm says of some cards that their capability is (9, 0)."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    assert [name for name, _ in train.attention_backends(CUDA, torch.bfloat16)] == ["varlen", "sdpa"]
 
 
 # --- model
@@ -191,12 +198,11 @@ def test_rope_makes_scores_depend_on_distance_only(build):
     assert scores[0, 1] != scores[0, 2]
 
 
-@pytest.mark.parametrize("softcap", [0, 7])
-def test_loss_and_gradients_equal_autograds_also_in_shares(build, softcap):
-    model = build(SOFTCAP=softcap)  # LOSS_CHUNK=5 does not divide the tokens
+def test_loss_and_gradients_in_chunks_and_shares_are_those_of_the_mean_cross_entropy(build):
+    model = build(SOFTCAP=7)  # LOSS_CHUNKS=3 does not divide the tokens
     model.lm_head.weight.data *= 1000
     inputs, targets = torch.randint(50, (2, 4, 16))
-    losses = [model.loss_backward(*batch, 1 / 2) for batch in zip(inputs.split(2), targets.split(2))]
+    losses = [train.backward(model, *batch, 1 / 2) for batch in zip(inputs.split(2), targets.split(2))]
     got = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     plain = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
@@ -207,20 +213,20 @@ def test_loss_and_gradients_equal_autograds_also_in_shares(build, softcap):
 
 
 def test_training_and_evaluation_have_the_same_float32_logits_softcapped(build):
-    model = build(torch.bfloat16, LOSS_CHUNK=32, SOFTCAP=7)
+    model = build(torch.bfloat16, LOSS_CHUNKS=1, SOFTCAP=8)  # by which bf16 divides exactly
     model.lm_head.weight.data *= 100
     inputs, targets, _ = random_batch()
     logits = model(inputs)
     plain = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
     uncapped = F.linear(model.trunk(inputs), model.lm_head.weight.bfloat16()).float()
-    torch.testing.assert_close(logits, 7 * torch.tanh(uncapped / 7))
-    assert abs(plain - model.loss_backward(inputs, targets).item()) < 1e-6
+    torch.testing.assert_close(logits, 8 * torch.tanh(uncapped / 8))
+    assert abs(plain - train.backward(model, inputs, targets, 1).item()) < 1e-6
 
 
 def test_a_new_block_adds_the_embedding_and_its_gate_lets_the_value_embedding_through(constants, monkeypatch):
     monkeypatch.setattr(train, "layer_windows", lambda: [0, 0, 0])  # each position sees its own value
     constants(QUERIES_PER_KV=1)
-    model = train.GPT(torch.float32)
+    model = train.GPT(train.sdpa_attention, torch.float32)
     block, (x, x0, ve) = model.blocks[2], torch.randn(3, 1, 16, 32)
     torch.testing.assert_close(block(x, x0, ve, 0.5, 0.25, model.cos, model.sin), 0.5 * x + 0.25 * x0)
     torch.nn.init.zeros_(block.attn.v.weight)
@@ -229,18 +235,18 @@ def test_a_new_block_adds_the_embedding_and_its_gate_lets_the_value_embedding_th
 
 
 def test_initial_weights_follow_the_recipe_and_predict_the_uniform_distribution(constants):
-    constants(VOCAB_SIZE=2000, HEAD_DIM=32, ASPECT_RATIO=40)
+    constants(VOCAB_SIZE=2000, HEAD_DIM=32, WIDTH=128)
     torch.manual_seed(0)
-    model = train.GPT(torch.float32)
+    model = train.GPT(train.sdpa_attention, torch.float32)
     assert abs(model.wte.weight.std() - 1) < 0.01 and abs(model.lm_head.weight.std() - 0.001) < 1e-5
     attn, mlp = model.blocks[2].attn, model.blocks[2].mlp
     for part in (*model.value_embeds.values(), attn.q, attn.k, attn.v, mlp.fc):
         assert abs(part.weight.std() - 128**-0.5) < 0.003 and part.weight.abs().max() <= (3 / 128) ** 0.5
-    for part in (attn.proj, mlp.proj, attn.ve_gate):
+    for part in (attn.proj, mlp.proj, attn.ve_gate, model.previous_wte):
         assert not part.weight.any()
     assert list(model.value_embeds) == ["0", "2"]
     assert (model.resid_lambdas == 1).all() and (model.x0_lambdas == train.X0_LAMBDA).all()
-    assert abs(model.loss_backward(*random_batch()[:2]).item() - math.log(2000)) < 0.01
+    assert abs(train.backward(model, *random_batch()[:2], 1).item() - math.log(2000)) < 0.01
 
 
 def test_flops_count_six_per_matmul_parameter_and_the_visible_keys(build):
@@ -253,23 +259,62 @@ def test_flops_count_six_per_matmul_parameter_and_the_visible_keys(build):
 # --- optimizer
 
 
-def test_every_parameter_is_in_exactly_one_group_with_its_options(build):
-    model = build(BIGRAM_ROWS=64, EMBEDDING_LR=1, UNEMBEDDING_LR=2, SCALAR_LR=3, MATRIX_LR=4, VE_WEIGHT_DECAY=0.1,
-                  ADAM_BETAS=(0.8, 0.95), X0_BETAS=(0.96, 0.9))
-    scale, betas = (32 / 768) ** -0.5, (0.8, 0.95)
-    wanted = {"wte.weight": (scale, 0, betas), "lm_head.weight": (2 * scale, 0, betas), "smear": (0.3, 0, betas),
-              "value_embeds.0.weight": (scale, 0.1, betas), "value_embeds.2.weight": (scale, 0.1, betas),
-              "bigram.weight": (scale, 0, betas), "resid_lambdas": (0.03, 0, betas), "x0_lambdas": (3, 0, (0.96, 0.9))}
-    for name, p in model.blocks.named_parameters(prefix="blocks"):
-        wanted[name] = 4 * max(1, p.size(0) / p.size(1)) ** 0.5, None, None
-    optimizer, got, names = optimizer_of(model), [], {id(p): name for name, p in model.named_parameters()}
+def options_of(model):
+    """{name of a parameter: (lr, weight decay, betas)}, Muon's without betas."""
+    names = {p: name for name, p in model.named_parameters()}
+    optimizer, got = optimizer_of(model), []
     for group in optimizer.param_groups + optimizer.muon_groups:
         options = pytest.approx(group["lr"]), group.get("weight_decay"), group.get("betas")
-        got += [(names[id(p)], options) for p in group["params"]]
-    assert len(got) == len(wanted) and dict(got) == wanted
-    model.stray = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(AssertionError, match="in no group or in two"):
-        train.parameter_groups(model)
+        got += [(names[p], options) for p in group["params"]]
+    assert len(got) == len(dict(got)) == len(names)
+    return dict(got)
+
+
+def test_every_parameter_is_in_exactly_one_group_with_its_options(build):
+    model = build(EMBEDDING_LR=1, UNEMBEDDING_LR=2, X0_LR=3, SCALAR_LR=5, MATRIX_LR=4, VE_WEIGHT_DECAY=0.1,
+                  ADAM_BETAS=(0.8, 0.95), X0_BETAS=(0.96, 0.9))
+    scale, betas = (32 / 768) ** -0.5, (0.8, 0.95)
+    wanted = {"wte.weight": (scale, 0, betas), "lm_head.weight": (2 * scale, 0, betas),
+              "value_embeds.0.weight": (scale, 0.1, betas), "value_embeds.2.weight": (scale, 0.1, betas),
+              "previous_wte.weight": (scale, 0, betas), "resid_lambdas": (5, 0, betas), "x0_lambdas": (3, 0, (0.96, 0.9))}
+    for name, p in model.blocks.named_parameters(prefix="blocks"):
+        wanted[name] = 4 * max(1, p.size(0) / p.size(1)) ** 0.5, None, None
+    assert options_of(model) == wanted
+
+
+def test_a_parameter_that_is_added_anywhere_has_a_group_by_its_place_and_shape(build):
+    model = build(SCALAR_LR=5, EMBEDDING_LR=1, MATRIX_LR=4)
+    for place in (model, model.blocks[0].mlp):
+        place.gain = torch.nn.Parameter(torch.ones(32))
+        place.scale = torch.nn.Parameter(torch.ones(()))
+        place.kernels = torch.nn.Parameter(torch.ones(4, 3, 3))
+        place.extra = torch.nn.Linear(32, 16)
+        place.table = torch.nn.Embedding(7, 32)
+    before = {p: p.detach().clone() for p in model.parameters()}
+    got = options_of(model)
+    betas, scale = train.ADAM_BETAS, (32 / 768) ** -0.5
+    for place in ("", "blocks.0.mlp."):
+        for name in ("gain", "scale", "kernels", "extra.bias"):
+            assert got[place + name] == (5, 0, betas)
+        assert got[place + "table.weight"] == (scale, 0, betas)
+    assert got["extra.weight"] == (5, 0, betas) and got["blocks.0.mlp.extra.weight"] == (4, None, None)
+    model.lm_head.weight = model.wte.weight  # tied: one parameter
+    assert "lm_head.weight" not in options_of(model)
+
+
+def test_a_parameter_without_a_gradient_is_left_as_it_is_and_the_others_move(build):
+    """It was a TypeError: an agent's matrix that is not used yet."""
+    model = build()
+    model.blocks[0].mlp.unused = train.Linear(32, 32)
+    model.blocks[0].mlp.unused.weight.data.normal_()
+    model.unused = torch.nn.Parameter(torch.ones(3))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = optimizer_of(model)
+    for _ in range(2):
+        train.set_schedules(optimizer, 0.0, 0)
+        train.train_step(model, optimizer, random_batch(), random_batch, 1)
+    still = {name for (name, p), old in zip(model.named_parameters(), before) if torch.equal(p, old)}
+    assert still == {"unused", "blocks.0.mlp.unused.weight"}
 
 
 def muon(*params, **options):
@@ -278,8 +323,7 @@ def muon(*params, **options):
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (32, 32)])
-def test_polar_express_keeps_singular_vectors_and_brings_singular_values_near_one(monkeypatch, shape):
-    monkeypatch.setattr(train, "POLAR_STEPS", 5)
+def test_polar_express_keeps_singular_vectors_and_brings_singular_values_near_one(shape):
     torch.manual_seed(0)
     g = torch.randn(3, *shape)
     U, _, Vh = torch.linalg.svd(g, full_matrices=False)
@@ -353,25 +397,14 @@ def test_schedules_at_their_end_points(build, constants):
     assert [train.lr_multiplier(x) for x in (0, 0.1, 0.2, 0.5)] == pytest.approx([0, 0.5, 1, 1])
 
 
-def test_the_rows_of_a_table_that_were_met_move_by_an_rms_of_the_learning_rate(build):
-    model = build(BIGRAM_ROWS=64)
-    optimizer, p = optimizer_of(model), model.bigram.weight
-    before = p.detach().clone()
-    train.set_schedules(optimizer, 0.0, 0)
-    model.loss_backward(*random_batch()[:2])
-    grad = p.grad.to_dense()
-    rms = grad.square().mean(1, keepdim=True).sqrt()
-    assert 0 < (rms > 0).sum() < 64
-    optimizer.step()
-    step = optimizer.param_groups[0]["lr"] * grad / rms.clamp_min(1e-30)
-    torch.testing.assert_close(before - p, step, rtol=1e-3, atol=1e-4)
-
-
 def test_it_compiles_where_that_works_and_pays(monkeypatch):
+    """On a CPU the first number would come minutes later."""
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))
     monkeypatch.setattr(torch, "compile", lambda f: f)
-    assert train.can_compile(CPU, torch.bfloat16) and not train.can_compile(CPU, torch.float32)
-    monkeypatch.setattr(torch, "compile", no_kernel)
-    assert not train.can_compile(CPU, torch.bfloat16)
+    assert train.can_compile(CUDA) and not train.can_compile(CPU)
+    monkeypatch.setattr(torch, "compile", lambda f: no_kernel)
+    assert not train.can_compile(CUDA)
 
 
 # --- the step
@@ -397,10 +430,9 @@ def test_nothing_is_compiled_after_warm_up(build, monkeypatch):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    model = build(DEPTH=5, ASPECT_RATIO=6, LOSS_CHUNK=16, BIGRAM_ROWS=64)
+    model = build(DEPTH=5, LOSS_CHUNKS=2)
     optimizer = optimizer_of(model)
-    model.compile()
-    optimizer.muon_update = torch.compile(train.muon_update, dynamic=False)
+    train.compile_hot_functions(model, optimizer)
     train.warm_up(model, optimizer, CPU)
     warm = 2 + len({p.shape for p in model.blocks.parameters()})  # trunk, loss, Muon by shape
     assert graphs() == warm
@@ -413,6 +445,27 @@ def test_nothing_is_compiled_after_warm_up(build, monkeypatch):
     torch._dynamo.reset()
 
 
+def test_more_than_eight_shapes_are_compiled(build, monkeypatch):
+    """torch's own limit is eight: an agent's ninth matrix shape ran uncompiled, after one warning."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", **options))
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    model = build()
+    for n in range(1, 10):
+        model.blocks[0].mlp.register_parameter(f"extra{n}", torch.nn.Parameter(torch.ones(n, 40)))
+    optimizer = optimizer_of(model)
+    train.compile_hot_functions(model, optimizer)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    torch._dynamo.utils.counters.clear()
+    train.set_schedules(optimizer, 0.0, 0)
+    optimizer.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(optimizer.muon_groups) > 9
+    torch._dynamo.reset()
+
+
 def weights_after(model, optimizer, steps):
     torch.manual_seed(1)
     for step in range(steps):
@@ -421,25 +474,28 @@ def weights_after(model, optimizer, steps):
     return [p.detach().clone() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17 GiB)")])
 @pytest.mark.parametrize("fit, tried", [(99, [20]), (5, [20, 10, 5]), (2, [20, 10, 5, 1]), (0, [20, 10, 5, 1])])
-def test_warm_up_halves_the_rows_until_a_step_fits_and_leaves_no_trace(build, fit, tried):
+def test_warm_up_halves_the_rows_until_a_step_fits_and_leaves_no_trace(build, fit, tried, error):
     """The memory ends in the middle of the optimizer's step, when half of the weights have moved."""
     def out_of_memory(*args, **options):
         stacks.append(1)
         if len(stacks) % 2 == 0 and rows[-1] > fit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return train.muon_update(*args, **options)
 
     rows, stacks = [], []
     model, fresh = (build(DEVICE_BATCH_SIZE=20, TOTAL_BATCH_SIZE=20 * 16 * 2) for _ in range(2))
     optimizer, random_state = optimizer_of(model), torch.get_rng_state()
-    loss_backward = model.loss_backward
-    model.loss_backward = lambda inputs, *args: rows.append(len(inputs)) or loss_backward(inputs, *args)
+    trunk = model.trunk
+    model.trunk = lambda inputs: rows.append(len(inputs)) or trunk(inputs)
     optimizer.muon_update = out_of_memory
     if fit:
         assert train.warm_up(model, optimizer, CPU) == tried[-1] and train.TOTAL_BATCH_SIZE % (tried[-1] * 16) == 0
     else:
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(type(error)):
             train.warm_up(model, optimizer, CPU)
     assert rows == [n for n in tried for _ in range(2)]  # two passes each
     assert torch.equal(torch.get_rng_state(), random_state) and all(p.grad is None for p in model.parameters())
@@ -454,7 +510,7 @@ def test_warm_up_halves_the_rows_until_a_step_fits_and_leaves_no_trace(build, fi
 def losses(prepared, tokenizer, seed, steps):
     """Of training on eight batches of real text, again and again, on the whole schedule."""
     torch.manual_seed(seed)
-    model = train.GPT(torch.float32)
+    model = train.GPT(train.sdpa_attention, torch.float32)
     optimizer, loader, got = optimizer_of(model), prepared.make_dataloader(tokenizer, 8, 64, "train"), []
     batches = [next(loader) for _ in range(8)]
     for step in range(steps):
@@ -466,8 +522,8 @@ def losses(prepared, tokenizer, seed, steps):
 def test_training_learns(constants, prepared, tokenizer):
     """The sign of the update, of the momentum, of the decay, of a coefficient of Polar Express or of a gradient turned
     gives 2 nats or more, or NaN; what it takes not to notice Nesterov's and the schedules' has tests of its own."""
-    constants(VOCAB_SIZE=prepared.VOCAB_SIZE, MAX_SEQ_LEN=64, DEPTH=2, ASPECT_RATIO=32, HEAD_DIM=32, QUERIES_PER_KV=1,
-              LOSS_CHUNK=512, EMBEDDING_LR=0.05, MATRIX_LR=0.2, WEIGHT_DECAY=1, MOMENTUM_STEPS=50)
+    constants(VOCAB_SIZE=prepared.VOCAB_SIZE, MAX_SEQ_LEN=64, DEPTH=2, WIDTH=64, HEAD_DIM=32, QUERIES_PER_KV=1,
+              EMBEDDING_LR=0.05, MATRIX_LR=0.2, WEIGHT_DECAY=1, MOMENTUM_STEPS=50)
     assert 0 < sum(losses(prepared, tokenizer, 1, 96)[-8:]) / 8 < 1.0  # 0.46 to 0.55 with four seeds
     assert losses(prepared, tokenizer, 1, 3) == losses(prepared, tokenizer, 1, 3) != losses(prepared, tokenizer, 2, 3)
 
@@ -476,7 +532,7 @@ def test_training_learns(constants, prepared, tokenizer):
 
 
 HYPERPARAMETERS = (REPO / "train.py").read_text().split("# Hyperparameters")[1].split("\n# ------")[0]
-NAMES = re.findall("^([A-Z0-9_]+) = ", HYPERPARAMETERS, re.MULTILINE)
+NAMES = re.findall("^([A-Z0-9_]+) += ", HYPERPARAMETERS, re.MULTILINE)
 
 
 def test_every_constant_is_set_in_one_place_and_used():
@@ -484,7 +540,7 @@ def test_every_constant_is_set_in_one_place_and_used():
     names = [node for node in ast.walk(ast.parse((REPO / "train.py").read_text())) if isinstance(node, ast.Name)]
     stored = [node.id for node in names if not isinstance(node.ctx, ast.Load)]
     loaded = [node.id for node in names if isinstance(node.ctx, ast.Load)]
-    assert len(NAMES) > 30
+    assert len(NAMES) > 25
     assert {name: (stored.count(name), name in loaded) for name in NAMES} == dict.fromkeys(NAMES, (1, True))
 
 
@@ -495,19 +551,22 @@ def values_of(profile, monkeypatch):
 
 def test_what_no_published_figure_replaced_is_the_faithful_baselines(monkeypatch):
     values = values_of("full", monkeypatch)
-    faithful = dict(SOFTCAP=15, X0_LAMBDA=0.1, ROPE_BASE=10_000, VE_GATE_CHANNELS=32, SCALAR_LR=0.5, MATRIX_LR=0.04,
+    faithful = dict(SOFTCAP=15, X0_LAMBDA=0.1, ROPE_BASE=10_000, VE_GATE_CHANNELS=32, X0_LR=0.5, SCALAR_LR=0.005,
+                    MATRIX_LR=0.04, MLP_RATIO=4, WINDOW_PATTERN="SSSL", QUERIES_PER_KV=1,
                     ADAM_BETAS=(0.8, 0.95), X0_BETAS=(0.96, 0.95), ADAM_EPS=1e-10, WEIGHT_DECAY=0.2, WARMUP_RATIO=0.0,
-                    MOMENTUM=(0.85, 0.95), MOMENTUM_STEPS=300, NORMUON_BETA2=0.95, POLAR_STEPS=5)
+                    MOMENTUM=(0.85, 0.95), MOMENTUM_STEPS=300, NORMUON_BETA2=0.95)
     assert {name: values[name] for name in faithful} == faithful
 
 
-@pytest.mark.parametrize("profile", prepare.PROFILES)
-def test_every_profile_has_the_value_of_its_place_in_the_line(monkeypatch, profile):
-    values = values_of(profile, monkeypatch)
-    lines = dict(re.findall(r"^(\w+) = by_profile\((.*?)\)  #", HYPERPARAMETERS, re.MULTILINE))
-    assert len(lines) > 10
-    for name, arguments in lines.items():
-        assert values[name] == eval(f"dict({arguments})", values)[profile], name
+def test_only_sizes_depend_on_the_profile(monkeypatch):
+    """An idea that one profile has alone says nothing about the others."""
+    profiles = [values_of(profile, monkeypatch) for profile in prepare.PROFILES]
+    differ = {name for name in NAMES if len({values[name] for values in profiles}) > 1}
+    assert differ == {"COLUMN", "DEPTH", "WIDTH", "HEAD_DIM", "TOTAL_BATCH_SIZE", "DEVICE_BATCH_SIZE"}
+    assert [values["WIDTH"] for values in profiles] == [768, 256, profiles[2]["WIDTH"]]
+    for (_, _, seq_len, _), values in zip(prepare.PROFILES.values(), profiles):
+        assert values["WIDTH"] % values["HEAD_DIM"] == 0
+        assert values["TOTAL_BATCH_SIZE"] % (values["DEVICE_BATCH_SIZE"] * seq_len) == 0
 
 
 # --- the run
@@ -518,7 +577,7 @@ SUMMARY = ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_
 
 
 def test_train_py_as_a_process_prints_its_summary_and_leaves_the_weights(prepared, tmp_path):
-    code = ("import prepare, runpy; prepare.TIME_BUDGET = 1.0; prepare.EVAL_TOKENS = 8 * prepare.MAX_SEQ_LEN\n"
+    code = ("import prepare, runpy; prepare.TIME_BUDGET = 3.0; prepare.EVAL_TOKENS = 8 * prepare.MAX_SEQ_LEN\n"
             f"runpy.run_path({str(REPO / 'train.py')!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
                           env=os.environ | dict(PYTHONPATH=str(REPO), SEED="7"))
@@ -528,7 +587,7 @@ def test_train_py_as_a_process_prints_its_summary_and_leaves_the_weights(prepare
     lines = [re.fullmatch(r"(\w+): +(\S.*)", line) for line in summary.splitlines()]
     assert [line[1] for line in lines] == SUMMARY and {line.start(2) for line in lines} == {18}
     values = {line[1]: line[2] for line in lines}
-    assert 0 < float(values["val_bpb"]) < 5 and float(values["training_seconds"]) >= 1 and values["seed"] == "7"
+    assert 0 < float(values["val_bpb"]) < 5 and float(values["training_seconds"]) >= 3 and values["seed"] == "7"
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
@@ -562,8 +621,18 @@ def test_the_clock_counts_every_step_and_stops_at_the_first_one_past_the_budget(
 def test_a_last_step_that_overruns_the_budget_gives_no_number(short_run):
     short_run.setattr(train, "TIME_BUDGET", 300.0)
     short_run.step_seconds = 290.0
-    with pytest.raises(SystemExit, match="^FAIL: 580 s of training in 2 steps: lower TOTAL_BATCH_SIZE=1024 or"):
+    with pytest.raises(SystemExit, match="^580 s of training in 2 steps: lower TOTAL_BATCH_SIZE=1024 or"):
         train.main()
+
+
+def test_a_run_uses_the_cpus_that_it_may_and_says_how_many(short_run):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    short_run.setattr(train, "available_cpus", lambda: 1)
+    try:
+        assert train.main()["device"] == "CPU x1" and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_summary_has_the_holdout_on_demand_and_needs_no_module_resource(short_run):
@@ -574,30 +643,26 @@ def test_the_summary_has_the_holdout_on_demand_and_needs_no_module_resource(shor
     assert summary["holdout_bpb"] != summary["val_bpb"]
 
 
-def test_the_weights_are_saved_and_the_watchdog_starts_anew_before_the_evaluation(short_run, tmp_path):
+def test_the_weights_are_saved_before_the_evaluation(short_run, tmp_path):
     def fail(*_):
-        events.append((tmp_path / "model.pt").exists())
+        assert (tmp_path / "model.pt").exists()
         raise prepare.YardstickError("not causal")
-    events, set_schedules = [], train.set_schedules
-    short_run.setattr(train, "start_watchdog", lambda: events.append("watchdog"))
-    short_run.setattr(train, "set_schedules", lambda *args: events.append("step") or set_schedules(*args))
     short_run.setattr(train, "evaluate_bpb", fail)
     with pytest.raises(prepare.YardstickError):
         train.main()
-    assert events == ["watchdog", *["step"] * 6, "watchdog", True]
 
 
 @pytest.mark.parametrize("value", [math.nan, 101.0])
 def test_a_loss_that_explodes_stops_the_run_with_its_step(short_run, value):
     real, losses = train.train_step, iter([1.0, 1.0, 1.0, value, 1.0])  # one for the warm-up; read a step late
     short_run.setattr(train, "train_step", lambda *args: (torch.tensor(next(losses)), real(*args)[1]))
-    with pytest.raises(SystemExit, match=rf"^FAIL: loss is {value} at step 2$"):
+    with pytest.raises(SystemExit, match=rf"^loss is {value} at step 2$"):
         train.main()
 
 
 @pytest.mark.parametrize("name, value, message", [
     ("TOTAL_BATCH_SIZE", 1000, r"TOTAL_BATCH_SIZE=1000 must be a multiple of DEVICE_BATCH_SIZE=2 \* MAX_SEQ_LEN=256"),
-    ("QUERIES_PER_KV", 3, "QUERIES_PER_KV=3 must divide the 4 heads"), ("SEED", "-1", "SEED=-1 must be a whole")])
+    ("WIDTH", 36, r"WIDTH=36 must be a multiple of HEAD_DIM=8 \* QUERIES_PER_KV=2"), ("SEED", "-1", "SEED=-1 must be a whole")])
 def test_impossible_constants_and_seeds_are_refused(short_run, name, value, message):
     if name == "SEED":
         short_run.setenv(name, value)
@@ -610,7 +675,7 @@ def test_impossible_constants_and_seeds_are_refused(short_run, name, value, mess
 @pytest.mark.parametrize("error, line", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "FAIL: out of memory with DEVICE_BATCH_SIZE="),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "FAIL: out of memory with DEVICE_BATCH_SIZE="),
-    (prepare.YardstickError("not causal"), "FAIL: not causal"), (RuntimeError("size mismatch"), None)])
+    (prepare.YardstickError("not causal"), "FAIL: not causal"), (SystemExit("SEED=x"), "FAIL: SEED=x"), (RuntimeError("size mismatch"), None)])
 def test_expected_failures_end_in_one_line_and_others_in_a_traceback(monkeypatch, error, line):
     def fail():
         raise error

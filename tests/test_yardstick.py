@@ -31,9 +31,7 @@ class Table(torch.nn.Module):
 def gpt(dtype, attend=train.sdpa_attention):
     """The model of train.py without zeros in its weights, so that every path carries something."""
     torch.manual_seed(0)
-    model = train.GPT(dtype)
-    for block in model.blocks:
-        block.attn.attend = attend
+    model = train.GPT(attend, dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -43,8 +41,8 @@ def gpt(dtype, attend=train.sdpa_attention):
 @pytest.fixture(autouse=True)
 def short(prepared, monkeypatch):
     """Few short rows and a GPT of two heads."""
-    for name, value in dict(DEPTH=3, HEAD_DIM=16, ASPECT_RATIO=10, QUERIES_PER_KV=2, WINDOW_PATTERN="SSL",
-                            SHORT_WINDOW=1 / 2, BIGRAM_ROWS=256, MAX_SEQ_LEN=T).items():
+    for name, value in dict(DEPTH=3, HEAD_DIM=16, WIDTH=32, QUERIES_PER_KV=2, WINDOW_PATTERN="SSL",
+                            SHORT_WINDOW=1 / 2, MAX_SEQ_LEN=T).items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", T)
     monkeypatch.setattr(prepare, "EVAL_TOKENS", ROWS * T)
@@ -188,7 +186,6 @@ GPTS = {  # wrong GPTs: (how to make one, message)
     "normalised over time": (in_layer(lambda x: x / x.std(1, keepdim=True)), AHEAD),
     "1 % of the mean over time": (in_layer(lambda x: x - 0.01 * x.mean(1, keepdim=True)), AHEAD),
     "value embeddings of the next token": (ids_for(lambda model: model.value_embeds["2"]), AHEAD),
-    "n-grams that look ahead": (ids_for(lambda model: model.bigram), AHEAD),
     "1 % of the mean over rows": (in_layer(lambda x: x - 0.01 * x.mean(0, keepdim=True)), MIXED),
     "1 % of the row before": (in_layer(lambda x: x + 0.01 * x.roll(1, 0)), MIXED),
     "dropout of 1 % that eval() does not reach": (in_layer(lambda x: F.dropout(x, 0.01, training=True)), MIXED),
@@ -243,7 +240,7 @@ def test_a_fault_in_few_calls_gives_no_number(tokenizer, B, fault, message):
 def test_an_honest_model_moves_by_nothing_at_all(tokenizer, monkeypatch, name, device, dtype):
     """PROBE_TOLERANCE is slack for kernels that are not deterministic: these are."""
     monkeypatch.setattr(train, "HEAD_DIM", 64)  # as the kernels want it
-    monkeypatch.setattr(train, "ASPECT_RATIO", 40)
+    monkeypatch.setattr(train, "WIDTH", 128)
     try:
         attend = dict(train.attention_backends(torch.device(device), dtype))[name]()
     except Exception as error:  # no network for fa3
