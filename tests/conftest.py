@@ -48,7 +48,7 @@ def commands(text):
     assert len(blocks) == text.count("```bash"), "a block in a list: its here-document would not end"
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     inline = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
-    words = r"(git|uv|grep|tail|awk|mv|rm|cp|cat|sleep|nohup|pgrep|SEED=\d+ uv) [^.]"
+    words = r"(git|uv|grep|tail|awk|mv|rm|cp|cat|find|SEED=\d+ uv) [^.]"
     return list(dict.fromkeys(blocks + [span for span in inline if re.match(words, span)]))
 
 

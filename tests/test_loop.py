@@ -1,6 +1,6 @@
 """program.md played by a scripted agent: the commands are the page's, only the examples in them are replaced.
 
-`uv`, `sleep`, `pgrep` and train.py are stubs that end at once; git, the shell and the ledger are real. The agent's
+`uv`, `sleep` and train.py are stubs that end at once; git, the shell and the ledger are real. The agent's
 decisions follow the page, sentence by sentence.
 """
 
@@ -19,7 +19,7 @@ from conftest import HEADER, REPO, Player, commands, git, stub
 
 PROGRAM = (REPO / "program.md").read_text(encoding="utf-8")
 OTHER_RUN = HEADER + "0123456\t0.900000\t1.0\tkeep\tanother run's best\n"
-Result = namedtuple("Result", "val_bpb memory steps device attention", defaults=[0] * 4)
+Result = namedtuple("Result", "val_bpb memory steps seed device attention", defaults=[0] * 5)
 
 # --- the stage: a repo with the real page and .gitignore, and stubs of what takes minutes
 
@@ -33,7 +33,7 @@ first = not os.path.exists("once.log")
 open("once.log", "w").close()
 val_bpb = %s
 print(f"---\\nval_bpb: {val_bpb + slow / 100:.6f}\\npeak_vram_mb: 45056.0\\nnum_steps: {953 - 115 * slow}")
-print("device: NVIDIA H100\\nattention: fa3")
+print(f"seed: {seed + 42}\\ndevice: NVIDIA H100\\nattention: fa3")
 """
 
 
@@ -58,8 +58,6 @@ def stage(tmp_path_factory):
     make_ledger = f"[ -s results.tsv ] || printf '{HEADER}' > results.tsv"
     stub(bin / "uv", f'{make_ledger}; shift; exec "{sys.executable}" "$@"')
     stub(bin / "sleep", "exec /bin/sleep 0.05")
-    here = '[ "$(readlink /proc/$pid/cwd)" = "$PWD" ] && echo $pid'
-    stub(bin / "pgrep", f'for pid in $({shutil.which("pgrep")} "$@"); do {here}; done; true')
     for name in ("program.md", ".gitignore"):
         shutil.copy(REPO / name, folder)
     for name in ("analysis.ipynb", "tests/bench_train.py"):
@@ -106,8 +104,7 @@ class Agent(Player):
         self.set_up()
 
     def set_up(self):
-        if self.do("git diff --stat HEAD"):
-            self.do("git commit -am")
+        self.do("git commit --allow-empty -am")
         self.do("uv run prepare.py")
         first, *others = [self.run(seed) for seed in (None, 43, 44)]
         values = [float(result.val_bpb) for result in (first, *others)]
@@ -228,8 +225,10 @@ class Agent(Player):
         self.do("git cherry-pick --abort")
 
     def resume(self):
-        while self.do("sleep 60; pgrep"):
-            pass
+        end = self.do("tail -n 50 run.log", check=False)
+        over = re.search("^(---|FAIL|Traceback|Timeout)", end, re.MULTILINE)
+        if end and not over and self.do("find run.log -mmin -3"):
+            self.do("until grep")
         self.do("uv run prepare.py")
         if not any(row[3] == "keep" for row in self.rows()):
             self.do("git checkout autoresearch/nov21")
@@ -241,7 +240,7 @@ class Agent(Player):
                 self.do("git commit --amend")
         self.do("git checkout autoresearch/nov21", check=False)
         if self.done.returncode:
-            self.do("git commit -am")
+            self.do("git commit --allow-empty -am")
             self.do("git checkout autoresearch/nov21")
         self.remember()
         if self.has_row():
@@ -396,20 +395,30 @@ def test_an_agent_that_dies_at_any_step_is_continued(stage, begun, tmp_path, nam
         shutil.rmtree(heir.folder.parent)
 
 
-@pytest.mark.skipif(not shutil.which("pgrep") or not os.path.exists("/proc"), reason="needs pgrep and /proc")
-def test_a_run_that_outlives_its_agent_is_waited_for_and_an_editor_is_not(begun, tmp_path):
+@pytest.mark.parametrize("code, row", [
+    ("time.sleep(0.6) or 0.9800", "0.980000"), ("1 / (time.sleep(0.6) or 0)", "0.000000"), ("time.sleep(9)", "0.000000")])
+def test_a_run_that_outlives_its_agent_is_waited_for_by_its_log_alone(begun, tmp_path, code, row):
+    """Processes are invisible in some sandboxes: a second run began beside the first. This one ends, fails or hangs."""
     agent = Agent(copy(begun, tmp_path))
-    write_train(agent.folder, "idea", "time.sleep(0.6) or 0.9800")
+    write_train(agent.folder, "idea", code)
     agent.commit()
-    with subprocess.Popen(["bash", "-c", "exec -a 'vim train.py' sleep 30"], cwd=agent.folder) as editor:
-        run = subprocess.Popen([sys.executable, "train.py"], cwd=agent.folder)
+    with open(agent.folder / "run.log", "w") as log:
+        print("step 1", file=log, flush=True)
+        run = subprocess.Popen([sys.executable, "train.py"], cwd=agent.folder, stdout=log, stderr=log)
         while not (agent.folder / "once.log").exists():  # it begins
             time.sleep(0.01)
         agent.start()
-        assert run.poll() == 0 and editor.poll() is None
-        editor.kill()
-    assert "".join(agent.played).count("sleep 60") > 1
-    assert ledger(agent)["idea"][0] == "0.980000"
+        assert run.poll() is not None
+    assert "until" in "".join(agent.played) and ledger(agent)["idea"][0] == row
+
+
+def test_a_run_that_was_killed_is_not_waited_for(begun, tmp_path):
+    agent = Agent(copy(begun, tmp_path))
+    log = agent.folder / "run.log"
+    log.write_text("step 1\n")
+    os.utime(log, (time.time() - 200,) * 2)
+    agent.start()
+    assert "until" not in "".join(agent.played)
 
 
 def test_what_the_human_did_between_two_agents_stays(begun, tmp_path):
@@ -428,7 +437,67 @@ def test_what_the_human_did_between_two_agents_stays(begun, tmp_path):
     assert git(agent.folder, "show", "main:program.md") == "edited on main"
 
 
-# --- two agents on one repository
+# --- git as people have it
+
+
+def no_identity(folder):
+    for name in ("user.name", "user.email"):
+        git(folder, "config", name, "")
+
+
+def signer(folder):
+    git(folder, "config", "commit.gpgsign", "true")
+    git(folder, "config", "gpg.program", "/bin/false")
+
+
+def hook(folder):
+    (folder / ".git/hooks").mkdir(exist_ok=True)
+    stub(folder / ".git/hooks/pre-commit", "echo no; exit 1")
+
+
+@pytest.mark.parametrize("spoil", [no_identity, signer, hook])
+def test_where_no_commit_works_the_page_finds_out_before_the_first_run(stage, tmp_path, spoil):
+    """Each idea is a commit: without a signature, an author or a passing hook a night left no row."""
+    agent = Agent(copy(stage, tmp_path))
+    spoil(agent.folder)
+    for who in ("AUTHOR", "COMMITTER"):
+        for what in ("NAME", "EMAIL"):
+            agent.env.pop(f"GIT_{who}_{what}", None)
+    if spoil is not no_identity:
+        git(agent.folder, "config", "user.name", "me")
+        git(agent.folder, "config", "user.email", "me@localhost")
+    before = (agent.folder / "train.py").read_text()
+    with pytest.raises(AssertionError, match="what the human left"):
+        agent.start()
+    assert not agent.rows() and (agent.folder / "train.py").read_text() == before
+
+
+def crlf(folder):
+    git(folder, "config", "core.autocrlf", "true")
+
+
+def another_name(folder):
+    git(folder, "branch", "-m", "trunk")
+
+
+def detached(folder):
+    git(folder, "checkout", "-q", "--detach")
+
+
+@pytest.mark.parametrize("change", [crlf, another_name, detached])
+def test_a_night_goes_well_with_gits_other_settings(stage, tmp_path, change):
+    agent = Agent(copy(stage, tmp_path))
+    start = git(agent.folder, "rev-parse", "HEAD")
+    change(agent.folder)
+    agent.start()
+    assert agent.experiment("win", "0.9900") and not agent.experiment("loss", "1.1000")
+    assert git(agent.folder, "log", "--reverse", "--format=%s", f"{start}..").splitlines() == [
+        "what the human left", "win"]
+    assert [row[3] for row in agent.rows()] == ["keep", "keep", "discard"]
+    assert git(agent.folder, "branch", "--show-current") == "autoresearch/nov21"
+
+
+# --- two agents, each in its clone
 
 
 @pytest.fixture(scope="module")
@@ -436,16 +505,18 @@ def pair(begun, tmp_path_factory):
     """One measures the other's win, one finds a conflict in it."""
     first = Agent(copy(begun, tmp_path_factory.mktemp("pair")))
     second = Agent(first.folder.parent / "autoresearch-nov21-gpu1")
-    git(first.folder, "worktree", "add", "-q", "-b", "autoresearch/nov21-gpu1", str(second.folder), "HEAD~")
+    git(first.folder, "clone", "-q", ".", str(second.folder))
+    git(second.folder, "checkout", "-q", "-b", "autoresearch/nov21-gpu1", "HEAD~")
     second.start()
     assert second.borrow(first.rows()[-1][0])
     second.experiment("second's win", "0.9800")
     first.experiment("first's win", "0.9840")
+    git(first.folder, "fetch", "-q", str(second.folder), "autoresearch/nov21-gpu1")
     assert first.borrow(second.rows()[-1][0]) is None  # both changed the same line
     return first, second
 
 
-def test_two_agents_in_two_worktrees_mix_neither_ledgers_nor_branches(pair):
+def test_two_agents_in_two_clones_mix_neither_ledgers_nor_branches(pair):
     for agent, win in zip(pair, ("first's win", "second's win")):
         assert list(ledger(agent)) == ["baseline", "win", win]
         assert subjects(agent.folder)[1:] == ["win", win]
@@ -463,8 +534,7 @@ def test_every_command_of_the_page_is_played(night, pair):
     assert set(commands(PROGRAM)) == {*night.played, *first.played, *second.played}
 
 
-def test_the_page_is_short_and_its_example_is_a_ledger():
-    assert len(PROGRAM.encode()) <= 7000
+def test_the_pages_example_is_a_ledger():
     rows = PROGRAM.split(f"```\n{HEADER}")[1].split("```")[0].splitlines()
     assert len(rows) == 4 and all(map(well_formed, rows))
     assert rows[0].endswith(BASELINE)

@@ -163,18 +163,21 @@ def test_rounds_in_one_machine_use_every_gpu_keep_the_wins_and_survive_every_fai
     assert agent.read()[0] == 0.9835  # the same change with another seed
 
 
-def test_another_agent_has_a_worktree_and_leaves_its_ledger(tmp_path):
+def test_another_agent_has_a_clone_and_its_branch_and_ledger_come_home(tmp_path):
     agent = make_stage(tmp_path)
-    stub(tmp_path / "bin/claude", 'echo "GPU $CUDA_VISIBLE_DEVICES: $@" > results.tsv')
-    agent.do("git worktree add ..")
-    agent.do("cp ..")
+    claude = 'git checkout -qb autoresearch/nov21-gpu1; echo "GPU $CUDA_VISIBLE_DEVICES: $@" > results.tsv'
+    stub(tmp_path / "bin/claude", claude)
+    agent.do("git clone")
+    agent.do("git fetch -q ../autoresearch-gpu1 autoresearch/nov21-gpu1:")
     assert (agent.folder / "results-nov21-gpu1.tsv").read_text().endswith("The run tag is nov21-gpu1.\n")
-    assert not (tmp_path / "autoresearch-nov21-gpu1").exists() and not agent.rows()
+    assert "autoresearch/nov21-gpu1" in git(agent.folder, "branch") and not agent.rows()
+    agent.do("git fetch -q ../autoresearch-gpu1 autoresearch/nov21-gpu1")  # what another agent reads of it
+    agent.do("tail -n 20 ../autoresearch-gpu1")
 
 
 def test_every_command_of_the_page_is_played():
     played = tuple(re.findall(r'(?:do\(|at\(\w+, |command = .*)"(.+?)"', Path(__file__).read_text()))
-    others = "uv run prepare.py", "git worktree list", "git cherry-pick", "git rev-parse", "tail -n 20"
+    others = "uv run prepare.py", "git cherry-pick", "find slots/"
     assert all(command.startswith(played + others) for command in commands(PAGE))
 
 

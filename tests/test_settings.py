@@ -11,11 +11,12 @@ SETTINGS = json.loads((REPO / ".claude/settings.json").read_text())
 
 
 def simple_commands(block):
-    """The parts of a block that Claude Code checks one by one: here-documents and redirections taken off."""
+    """The parts of a block that Claude Code checks one by one: without here-documents, redirections, words of loops."""
     block = re.sub(r"<<'END'(.*)\n(?:.*\n)*?END\n?", r"\1\n", block)
     tokens = re.findall(r"""('[^']*'|"[^"]*")|\\\n|(&&|[;|\n])|2>&1|>>? ?\S+|(.)""", block)
     parts = "".join("\0" if separator else quoted + other for quoted, separator, other in tokens).split("\0")
-    return [part.strip() for part in parts if part.strip()]
+    parts = [re.sub(r"^(until|do|done)\b", "", part.strip()).strip() for part in parts]
+    return [part for part in parts if part]
 
 
 def matches(rule, command):
@@ -40,7 +41,8 @@ def test_the_settings_allow_every_command_of_the_pages_and_nothing_else():
         assert any(matches(rule, part) for rule in rules("allow", "Bash")), part
         assert not any(matches(rule, part) for rule in rules("deny", "Bash")), part
     for rule in rules("allow", "Bash"):
-        assert any(matches(rule, part) for part in parts), rule
+        assert any(matches(rule, re.sub(r"slots/\d", re.search(r"slots/\d|$", rule)[0] or "slots/3", part))
+                   for part in parts), rule
 
 
 @pytest.mark.parametrize("command", [
@@ -61,7 +63,20 @@ def test_the_settings_let_the_agent_edit_train_py_its_log_and_its_ledger_alone()
     assert [name for name in tracked if not any(re.match(rule, name) for rule in denied)] == ["train.py"]
 
 
-def test_the_settings_raise_the_shells_time_limit_above_the_watchdogs():
+def test_no_rule_leaves_room_for_an_option_of_git_that_runs_a_program():
+    """`git -C slots/* commit` permitted `git -C slots/0 -c core.fsmonitor='any program;' commit`."""
+    for rule in rules("allow", "Bash"):
+        assert not re.match(r"git [^*]*\*[^*]* (commit|reset|log|cherry-pick)\b", rule), rule
+
+
+def test_what_is_not_allowed_is_refused_and_never_asked_of_a_human_who_sleeps():
+    """Claude Code 2.1.332 would let it pass in its own default mode, or wait for an answer in others."""
+    assert SETTINGS["permissions"]["defaultMode"] == "dontAsk"
+
+
+def test_a_run_stays_in_the_foreground_and_ends_before_the_shells_time_limit():
+    """What outlasted the limit went on in the background, beside the next run over the same run.log."""
     env = SETTINGS["env"]
+    assert env["CLAUDE_CODE_DISABLE_BACKGROUND_TASKS"] == "1"
     watchdog = int(re.search(r"def start_watchdog\(seconds=(\d+)\)", (REPO / "prepare.py").read_text())[1])
     assert int(env["BASH_MAX_TIMEOUT_MS"]) >= int(env["BASH_DEFAULT_TIMEOUT_MS"]) > 1000 * watchdog
