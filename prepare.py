@@ -88,8 +88,8 @@ def gpu_makers(root=Path("/")):
 
 
 def refuse_gpu(gpu):
-    raise SystemExit(f"torch {torch.__version__} cannot use {gpu}. Update the driver; in a container pass the GPU on; for "
-                     "an older GPU or driver: uv pip install --no-config torch==2.11.0+cu126 --index-url "
+    raise SystemExit(f"torch {torch.__version__} cannot use {gpu}. Update the driver; in a container pass the GPU on; "
+                     "for an older GPU or driver: uv pip install --no-config torch==2.11.0+cu126 --index-url "
                      "https://download.pytorch.org/whl/cu126 && export UV_NO_SYNC=1. To use the CPU: export "
                      "AUTORESEARCH_PROFILE=tiny")
 

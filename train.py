@@ -382,25 +382,23 @@ def parameter_groups(model):
     scale = (WIDTH / 768) ** -0.5  # the learning rates of tables and head were tuned at 768
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     value_tables = set(model.value_embeds.parameters())
-    adamw = {}
-    muon = {}
+    adamw = []
+    stacks = {}
     for name, p in model.named_parameters():
-        if p in value_tables:
-            options = dict(lr=EMBEDDING_LR * scale, weight_decay=VE_WEIGHT_DECAY)
+        if name.startswith("blocks.") and p.ndim == 2 and p not in tables:
+            stacks.setdefault(p.shape, []).append(p)
+        elif p in value_tables:
+            adamw.append(dict(params=[p], lr=EMBEDDING_LR * scale, weight_decay=VE_WEIGHT_DECAY))
         elif p in tables:
-            options = dict(lr=EMBEDDING_LR * scale)
+            adamw.append(dict(params=[p], lr=EMBEDDING_LR * scale))
         elif p is model.lm_head.weight:
-            options = dict(lr=UNEMBEDDING_LR * scale)
+            adamw.append(dict(params=[p], lr=UNEMBEDDING_LR * scale))
         elif p is model.x0_lambdas:
-            options = dict(lr=X0_LR, betas=X0_BETAS)
-        elif name.startswith("blocks.") and p.ndim == 2:
-            rows, cols = p.shape
-            muon.setdefault(p.shape, dict(params=[], lr=MATRIX_LR * max(1, rows / cols) ** 0.5))["params"].append(p)
-            continue
+            adamw.append(dict(params=[p], lr=X0_LR, betas=X0_BETAS))
         else:
-            options = dict(lr=SCALAR_LR)
-        adamw.setdefault(str(options), dict(params=[], **options))["params"].append(p)
-    return list(adamw.values()), list(muon.values())
+            adamw.append(dict(params=[p], lr=SCALAR_LR))
+    muon = [dict(params=stack, lr=MATRIX_LR * max(1, rows / cols) ** 0.5) for (rows, cols), stack in stacks.items()]
+    return adamw, muon
 
 
 class MuonAdamW(torch.optim.AdamW):

@@ -54,7 +54,7 @@ def test_the_table_of_the_baseline_has_the_constants_of_the_recipe_and_of_train(
     assert {name: eval(old) for name, old, _ in rows} == bench_train.FAITHFUL
     code = (REPO / "train.py").read_text()
     for name, _, new in rows:
-        value = re.search(rf"^{name} += \(? *([\d*./]+)", code, re.MULTILINE)[1]
+        value = re.search(rf"^{name} += *\(? *(\d[\d*./ ]*)", code, re.MULTILINE)[1]
         assert eval(value) == eval(new), name
 
 

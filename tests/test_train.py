@@ -276,7 +276,8 @@ def test_every_parameter_is_in_exactly_one_group_with_its_options(build):
     scale, betas = (32 / 768) ** -0.5, (0.8, 0.95)
     wanted = {"wte.weight": (scale, 0, betas), "lm_head.weight": (2 * scale, 0, betas),
               "value_embeds.0.weight": (scale, 0.1, betas), "value_embeds.2.weight": (scale, 0.1, betas),
-              "previous_wte.weight": (scale, 0, betas), "resid_lambdas": (5, 0, betas), "x0_lambdas": (3, 0, (0.96, 0.9))}
+              "previous_wte.weight": (scale, 0, betas), "resid_lambdas": (5, 0, betas),
+              "x0_lambdas": (3, 0, (0.96, 0.9))}
     for name, p in model.blocks.named_parameters(prefix="blocks"):
         wanted[name] = 4 * max(1, p.size(0) / p.size(1)) ** 0.5, None, None
     assert options_of(model) == wanted
@@ -422,14 +423,20 @@ def test_a_step_never_waits_for_the_device(build):
             loss.item()
 
 
-def test_nothing_is_compiled_after_warm_up(build, monkeypatch):
-    """Schedules change the learning rates at every step."""
-    real = torch.compile  # the backend aot_eager needs no C++ compiler
+@pytest.fixture
+def graphs(monkeypatch):
+    """A function that counts what torch.compile has compiled, here without a C++ compiler."""
+    real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", **options))
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch._dynamo.config.patch(disable=False, recompile_limit=8):  # torch's own limit
+        yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def test_nothing_is_compiled_after_warm_up(build, graphs):
+    """Schedules change the learning rates at every step."""
     model = build(DEPTH=5, LOSS_CHUNKS=2)
     optimizer = optimizer_of(model)
     train.compile_hot_functions(model, optimizer)
@@ -442,16 +449,10 @@ def test_nothing_is_compiled_after_warm_up(build, monkeypatch):
         for _ in range(2):
             model(random_batch(rows=1)[0])
     assert graphs() == warm + 1
-    torch._dynamo.reset()
 
 
-def test_more_than_eight_shapes_are_compiled(build, monkeypatch):
-    """torch's own limit is eight: an agent's ninth matrix shape ran uncompiled, after one warning."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, backend="aot_eager", **options))
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    torch._dynamo.reset()
+def test_more_than_eight_shapes_are_compiled(build, graphs):
+    """An agent's ninth matrix shape ran uncompiled, after one warning."""
     model = build()
     for n in range(1, 10):
         model.blocks[0].mlp.register_parameter(f"extra{n}", torch.nn.Parameter(torch.ones(n, 40)))
@@ -459,11 +460,9 @@ def test_more_than_eight_shapes_are_compiled(build, monkeypatch):
     train.compile_hot_functions(model, optimizer)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    torch._dynamo.utils.counters.clear()
     train.set_schedules(optimizer, 0.0, 0)
     optimizer.step()
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(optimizer.muon_groups) > 9
-    torch._dynamo.reset()
+    assert graphs() == len(optimizer.muon_groups) > 9
 
 
 def weights_after(model, optimizer, steps):
@@ -551,10 +550,11 @@ def values_of(profile, monkeypatch):
 
 def test_what_no_published_figure_replaced_is_the_faithful_baselines(monkeypatch):
     values = values_of("full", monkeypatch)
-    faithful = dict(SOFTCAP=15, X0_LAMBDA=0.1, ROPE_BASE=10_000, VE_GATE_CHANNELS=32, X0_LR=0.5, SCALAR_LR=0.005,
-                    MATRIX_LR=0.04, MLP_RATIO=4, WINDOW_PATTERN="SSSL", QUERIES_PER_KV=1,
-                    ADAM_BETAS=(0.8, 0.95), X0_BETAS=(0.96, 0.95), ADAM_EPS=1e-10, WEIGHT_DECAY=0.2, WARMUP_RATIO=0.0,
-                    MOMENTUM=(0.85, 0.95), MOMENTUM_STEPS=300, NORMUON_BETA2=0.95)
+    faithful = dict(
+        QUERIES_PER_KV=1, WINDOW_PATTERN="SSSL", ROPE_BASE=10_000, VE_GATE_CHANNELS=32, X0_LAMBDA=0.1,
+        MLP_RATIO=4, SOFTCAP=15, X0_LR=0.5, X0_BETAS=(0.96, 0.95), SCALAR_LR=0.005, ADAM_BETAS=(0.8, 0.95),
+        ADAM_EPS=1e-10, MATRIX_LR=0.04, WEIGHT_DECAY=0.2, MOMENTUM=(0.85, 0.95), MOMENTUM_STEPS=300,
+        NORMUON_BETA2=0.95, WARMUP_RATIO=0.0)
     assert {name: values[name] for name in faithful} == faithful
 
 
@@ -662,7 +662,8 @@ def test_a_loss_that_explodes_stops_the_run_with_its_step(short_run, value):
 
 @pytest.mark.parametrize("name, value, message", [
     ("TOTAL_BATCH_SIZE", 1000, r"TOTAL_BATCH_SIZE=1000 must be a multiple of DEVICE_BATCH_SIZE=2 \* MAX_SEQ_LEN=256"),
-    ("WIDTH", 36, r"WIDTH=36 must be a multiple of HEAD_DIM=8 \* QUERIES_PER_KV=2"), ("SEED", "-1", "SEED=-1 must be a whole")])
+    ("WIDTH", 36, r"WIDTH=36 must be a multiple of HEAD_DIM=8 \* QUERIES_PER_KV=2"),
+    ("SEED", "-1", "SEED=-1 must be a whole")])
 def test_impossible_constants_and_seeds_are_refused(short_run, name, value, message):
     if name == "SEED":
         short_run.setenv(name, value)
@@ -675,7 +676,8 @@ def test_impossible_constants_and_seeds_are_refused(short_run, name, value, mess
 @pytest.mark.parametrize("error, line", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "FAIL: out of memory with DEVICE_BATCH_SIZE="),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "FAIL: out of memory with DEVICE_BATCH_SIZE="),
-    (prepare.YardstickError("not causal"), "FAIL: not causal"), (SystemExit("SEED=x"), "FAIL: SEED=x"), (RuntimeError("size mismatch"), None)])
+    (prepare.YardstickError("not causal"), "FAIL: not causal"), (SystemExit("SEED=x"), "FAIL: SEED=x"),
+    (RuntimeError("size mismatch"), None)])
 def test_expected_failures_end_in_one_line_and_others_in_a_traceback(monkeypatch, error, line):
     def fail():
         raise error
