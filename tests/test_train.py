@@ -652,6 +652,15 @@ def test_the_weights_are_saved_before_the_evaluation(short_run, tmp_path):
         train.main()
 
 
+def test_a_loss_is_read_when_the_next_step_has_been_launched(short_run):
+    """Read at once it made the GPU wait for Python in every step."""
+    events, train_step, finish_copy = [], train.train_step, train.finish_copy
+    short_run.setattr(train, "train_step", lambda *args: events.append("launch") or train_step(*args))
+    short_run.setattr(train, "finish_copy", lambda step, *copy: events.append(step) or finish_copy(step, *copy))
+    train.main()
+    assert events == ["launch", "launch", "launch", 0, "launch", 1, "launch", 2, "launch", 3, 4]  # the first warms up
+
+
 @pytest.mark.parametrize("value", [math.nan, 101.0])
 def test_a_loss_that_explodes_stops_the_run_with_its_step(short_run, value):
     real, losses = train.train_step, iter([1.0, 1.0, 1.0, value, 1.0])  # one for the warm-up; read a step late
