@@ -1,5 +1,6 @@
 """Text, tokenizer, token files and rows."""
 
+import contextlib
 import itertools
 import os
 import runpy
@@ -277,10 +278,11 @@ def test_a_damaged_or_old_file_is_noticed_and_mended(filled, constants, name, ke
     whole = path.read_bytes()
     path.write_bytes(whole[:kept] + end)
     prepare.token_files.cache_clear()
-    if name != "train.tokens" or path.stat().st_size != len(whole):  # of which train.py compares the size alone
-        with pytest.raises(SystemExit, match=r"\A.* is not prepared: .*; run: uv run prepare.py\Z"):
-            prepare.Tokenizer.from_directory()
-            prepare.token_files(prepare.data_dir())
+    large = name == "train.tokens" and path.stat().st_size == len(whole)  # train.py does not read it at its start
+    wants = pytest.raises(SystemExit, match=r"\A.* is not prepared: .*; run: uv run prepare.py\Z")
+    with contextlib.nullcontext() if large else wants:
+        prepare.Tokenizer.from_directory()
+        prepare.token_files(prepare.data_dir())
     prepare.prepare(None, 1)
     assert path.read_bytes() == whole and prepare.dataset_id() == want
     constants(FORMAT=prepare.FORMAT + 1)
