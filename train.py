@@ -502,7 +502,8 @@ def can_compile(device):
     """Whether torch.compile works, and pays within five minutes: on a CPU it takes one or two of them."""
     if device.type != "cuda":
         return False
-    return attempt("torch.compile", torch.compile(torch.sin), torch.ones(64, device=device)) is not None
+    compiled_sine = lambda: torch.compile(torch.sin)(torch.ones(64, device=device))
+    return attempt("torch.compile", compiled_sine) is not None
 
 
 def compile_hot_functions(model, optimizer):
