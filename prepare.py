@@ -38,7 +38,6 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------
 # Constants, which all comparable experiments share
 
-TIME_BUDGET = 300  # seconds of training
 PROFILES = {  # dataset, VOCAB_SIZE, MAX_SEQ_LEN, EVAL_TOKENS
     "full": ("climbmix", 8192, 2048, 40 * 2**19),
     "small": ("tinystories", 4096, 512, 2**21),
@@ -52,6 +51,21 @@ DATASETS = ("climbmix", "tinystories", "python")
 SPLITS = ("val", "holdout", "train")
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 PREPARE = "run: uv run prepare.py"  # the remedy for whatever is missing or stale
+
+
+def time_budget():
+    """Seconds of training: 300, or what the human asks for with AUTORESEARCH_MINUTES."""
+    minutes = os.environ.get("AUTORESEARCH_MINUTES") or "5"
+    try:
+        seconds = 60 * float(minutes)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise SystemExit(f"AUTORESEARCH_MINUTES={minutes} must be a positive number")
+    return seconds
+
+
+TIME_BUDGET = time_budget()
 
 
 def available_cpus(root=Path("/")):
@@ -725,7 +739,7 @@ def evaluate_bpb(model, tokenizer, batch_size, split="val"):
     return nats.item() / (math.log(2) * nbytes.item())
 
 
-def start_watchdog(seconds=600):
+def start_watchdog(seconds=TIME_BUDGET + 300):
     """End this process with its stacks and exit code 1 if it still runs after `seconds`."""
     faulthandler.dump_traceback_later(seconds, exit=True)
 

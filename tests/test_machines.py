@@ -24,27 +24,24 @@ NVIDIA = {CARD: "0x10de\n"}
 TOO_OLD = "CUDA initialization: The NVIDIA driver on your system is too old (found version 12020). Please update it."
 REMEDIES = ("Update the driver|in a container pass the GPU on|export AUTORESEARCH_PROFILE=tiny|"
             "torch==2.11.0+cu126 --index-url https://download.pytorch.org/whl/cu126 && export UV_NO_SYNC=1")
-# Those of README's table: (compute capability, GB, multiprocessors) of the GPU, what else is so, words of the one line
-LISTED = {
-    "no GPU": (None, {}, "no GPU"),
-    "H100": ((9, 0, 85.0, 132), {}, "bf16"),
-    "H200": ((9, 0, 150.0, 132), {}, "bf16"),
-    "A100": ((8, 0, 85.0, 108), {}, "bf16"),
-    "RTX 3090": ((8, 6, 25.3, 82), {}, "25 GB, 82 multiprocessors, bf16"),
-    "RTX 4090": ((8, 9, 25.3, 128), {}, "bf16"),
-    "B200": ((10, 0, 191.0, 148), {}, "bf16"),
-    "RTX 5090": ((12, 0, 33.7, 170), {}, "bf16"),
-    "RTX 3060": ((8, 6, 12.6, 28), {}, "13 GB, 28 multiprocessors"),
-    "T4": ((7, 5, 15.8, 40), {}, "no bf16"),
-    "RTX 2080": ((7, 5, 8.4, 46), {}, "no bf16"),
-    "Apple GPU": (None, dict(mps=True), "Apple GPU"),
-    "V100": ((7, 0, 16.9, 80), {}, "V100 (sm_70, built for sm_75 and newer)"),
-    "GTX 1080": ((6, 1, 8.5, 20), {}, "GTX 1080 (sm_61, built for sm_75 and newer)"),
-    "an old driver": (None, dict(files=NVIDIA, warning=TOO_OLD), "built for CUDA 13.0; nvidia-smi shows"),
-    "a container without its GPU": (None, dict(files=NVIDIA), "this NVIDIA GPU"),
-}
-# ... and others, with their profile and attention backend
-OTHERS = {
+# (compute capability, GB, multiprocessors) of the GPU, what else is so, words of the one line, profile, attention
+MACHINES = {
+    "no GPU": (None, {}, "no GPU", "tiny", "sdpa"),
+    "H100": ((9, 0, 85.0, 132), {}, "bf16", "full", "fa3"),
+    "H200": ((9, 0, 150.0, 132), {}, "bf16", "full", "fa3"),
+    "A100": ((8, 0, 85.0, 108), {}, "bf16", "full", "fa3"),
+    "RTX 3090": ((8, 6, 25.3, 82), {}, "25 GB, 82 multiprocessors, bf16", "full", "fa3"),
+    "RTX 4090": ((8, 9, 25.3, 128), {}, "bf16", "full", "fa3"),
+    "B200": ((10, 0, 191.0, 148), {}, "bf16", "full", "varlen"),
+    "RTX 5090": ((12, 0, 33.7, 170), {}, "bf16", "full", "varlen"),
+    "RTX 3060": ((8, 6, 12.6, 28), {}, "13 GB, 28 multiprocessors", "small", "fa3"),
+    "T4": ((7, 5, 15.8, 40), {}, "no bf16", "small", "sdpa"),
+    "RTX 2080": ((7, 5, 8.4, 46), {}, "no bf16", "small", "sdpa"),
+    "Apple GPU": (None, dict(mps=True), "Apple GPU", "small", "sdpa"),
+    "V100": ((7, 0, 16.9, 80), {}, "V100 (sm_70, built for sm_75 and newer)", "", ""),
+    "GTX 1080": ((6, 1, 8.5, 20), {}, "GTX 1080 (sm_61, built for sm_75 and newer)", "", ""),
+    "an old driver": (None, dict(files=NVIDIA, warning=TOO_OLD), "built for CUDA 13.0; nvidia-smi shows", "", ""),
+    "a container without its GPU": (None, dict(files=NVIDIA), "this NVIDIA GPU", "", ""),
     "a GPU hidden by CUDA_VISIBLE_DEVICES": (None, dict(files=NVIDIA, hidden=""), "no GPU", "tiny", "sdpa"),
     "Intel's GPU": (None, dict(files={CARD: "0x8086\n"}), "no GPU", "tiny", "sdpa"),
     "AMD's GPU": (None, dict(files={CARD: "0x1002\n"}), "the AMD GPU needs a torch for ROCm", "tiny", "sdpa"),
@@ -54,18 +51,12 @@ OTHERS = {
 }
 
 
-def readme_table():
-    """{machine: (profile, backend)}"""
-    rows = re.findall(r"^\| (.+) \| (?:`(\w+)`|-) \| (?:`(\w+)`|-) \|", (REPO / "README.md").read_text(), re.MULTILINE)
-    return {name: (profile, backend) for names, profile, backend in rows for name in names.split(", ")}
-
-
 @pytest.fixture
 def become(monkeypatch, tmp_path):
     """A function that puts this process on a machine, as far as torch and the system's files tell."""
 
     def become(name):
-        gpu, facts, *_ = (LISTED | OTHERS)[name]
+        gpu, facts, *_ = MACHINES[name]
 
         def is_available():
             if "warning" in facts:
@@ -95,9 +86,9 @@ def become(monkeypatch, tmp_path):
     return become
 
 
-@pytest.mark.parametrize("name", [*LISTED, *OTHERS])
-def test_profile_and_attention_are_those_of_readmes_table_or_one_line_has_remedies(become, name, monkeypatch):
-    _, _, words, profile, backend = LISTED[name] + readme_table()[name] if name in LISTED else OTHERS[name]
+@pytest.mark.parametrize("name", MACHINES)
+def test_each_machine_has_its_profile_and_attention_or_one_line_with_remedies(become, name, monkeypatch):
+    _, _, words, profile, backend = MACHINES[name]
     become(name)
     if not profile:
         with pytest.raises(SystemExit) as refused:

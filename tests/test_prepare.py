@@ -1,6 +1,7 @@
 """Text, tokenizer, token files and rows."""
 
 import contextlib
+import inspect
 import itertools
 import os
 import runpy
@@ -47,11 +48,20 @@ def test_importing_has_no_side_effects_and_training_without_data_is_one_line(tmp
 
 
 @pytest.mark.parametrize("name, value, listed", [
-    ("PROFILE", "huge", "full, small, tiny"), ("DATASET", "climbmax", "climbmix, tinystories, python")])
-def test_an_unknown_setting_is_one_line_that_lists_the_valid_ones(monkeypatch, name, value, listed):
+    ("PROFILE", "huge", "full, small, tiny"), ("DATASET", "climbmax", "climbmix, tinystories, python"),
+    *[("MINUTES", value, "a positive number") for value in ("0", "-5", "nan", "inf", "five")]])
+def test_an_unknown_setting_is_one_line_that_tells_the_valid_ones(monkeypatch, name, value, listed):
     monkeypatch.setenv(f"AUTORESEARCH_{name}", value)
     with pytest.raises(SystemExit, match=rf"\A.*{value} .*{listed}.*\Z"):
         runpy.run_path(REPO / "prepare.py")
+
+
+def test_the_human_may_ask_for_longer_runs_and_the_watchdog_waits_for_them(monkeypatch):
+    assert prepare.TIME_BUDGET == 300
+    monkeypatch.setenv("AUTORESEARCH_MINUTES", "20")
+    longer = runpy.run_path(REPO / "prepare.py")
+    assert longer["TIME_BUDGET"] == 1200
+    assert inspect.signature(longer["start_watchdog"]).parameters["seconds"].default == 1500
 
 
 def times():
