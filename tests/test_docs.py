@@ -9,7 +9,6 @@ import prepare
 from conftest import REPO, git
 
 README = REPO / "README.md"
-BASELINE = REPO / "docs/baseline.md"
 PAGES = pytest.mark.parametrize("path", [README, REPO / "program.md", *REPO.glob("docs/*.md")], ids=lambda path: path.name)
 
 
@@ -47,16 +46,6 @@ def test_the_profiles_in_the_readme_are_those_of_prepare():
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (\d+) \| (\d+) \|", README.read_text(), re.MULTILINE)
     for name, dataset, vocab_size, seq_len in rows:
         assert prepare.PROFILES[name][:3] == (dataset, int(vocab_size), int(seq_len))
-
-
-def test_the_table_of_the_baseline_has_the_constants_of_the_recipe_and_of_train():
-    import bench_train
-    rows = re.findall(r"^\| `([A-Z_]+)` \| `?([\d*./]+)`? \| `?([\d*./]+)`? \|", BASELINE.read_text(), re.MULTILINE)
-    assert {name: eval(old) for name, old, _ in rows} == bench_train.FAITHFUL
-    code = (REPO / "train.py").read_text()
-    for name, _, new in rows:
-        value = re.search(rf"^{name} += *\(? *(\d[\d*./ ]*)", code, re.MULTILINE)[1]
-        assert eval(value) == eval(new), name
 
 
 def test_the_top_level_has_nothing_else():

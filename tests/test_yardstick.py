@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import prepare
-import train
 
 T, ROWS = 64, 30
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 class Table(torch.nn.Module):
@@ -28,22 +26,30 @@ class Table(torch.nn.Module):
         return self.fault(self.table[inputs], inputs)
 
 
-def gpt(dtype, attend=train.sdpa_attention):
-    """The model of train.py without zeros in its weights, so that every path carries something."""
-    torch.manual_seed(0)
-    model = train.GPT(attend, dtype)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return model
+class GPT(torch.nn.Module):
+    """A causal transformer, whose attention sees `ahead` tokens too far."""
+
+    def __init__(self, dtype, ahead=0):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = lambda: torch.nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
+        self.embed = torch.nn.Embedding(prepare.VOCAB_SIZE, 32)
+        self.blocks = torch.nn.ModuleList(layer() for _ in range(3))
+        self.head = torch.nn.Linear(32, prepare.VOCAB_SIZE)
+        torch.nn.init.normal_(self.head.weight)
+        self.mask = torch.ones(T, T, dtype=torch.bool).triu(1 + ahead)
+        self.to(dtype)
+
+    def forward(self, inputs):
+        x = self.embed(inputs)
+        for block in self.blocks:
+            x = block(x, src_mask=self.mask)
+        return self.head(x)
 
 
 @pytest.fixture(autouse=True)
 def short(prepared, monkeypatch):
-    """Few short rows and a GPT of two heads."""
-    for name, value in dict(DEPTH=3, HEAD_DIM=16, WIDTH=32, QUERIES_PER_KV=2, WINDOW_PATTERN="SSL",
-                            SHORT_WINDOW=1 / 2, MAX_SEQ_LEN=T).items():
-        monkeypatch.setattr(train, name, value)
+    """Few short rows."""
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", T)
     monkeypatch.setattr(prepare, "EVAL_TOKENS", ROWS * T)
 
@@ -112,30 +118,19 @@ def test_a_model_that_edits_its_input_edits_neither_the_targets_nor_the_probe(to
 # --- the gallery: models that are wrong on purpose
 
 
-def see_one_ahead(q, k, v, window):
-    k, v = train.repeat_kv(k, q.size(2)), train.repeat_kv(v, q.size(2))
-    position = torch.arange(q.size(1))
-    distance = position[:, None] - position
-    keep = (distance >= -1) & (distance <= window)
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=keep).transpose(1, 2)
-
-
 def in_layer(change, layer=1):
     """`change` of the output of one block."""
     def make(dtype):
-        model = gpt(dtype)
+        model = GPT(dtype)
         model.blocks[layer].register_forward_hook(lambda module, args, x: change(x))
         return model
     return make
 
 
-def ids_for(part):
-    """An embedding that sees the next token."""
-    def make(dtype):
-        model = gpt(dtype)
-        part(model).register_forward_pre_hook(lambda module, args: (args[0].roll(-1, 1),))
-        return model
-    return make
+def next_embedding(dtype):
+    model = GPT(dtype)
+    model.embed.register_forward_pre_hook(lambda module, args: (args[0].roll(-1, 1),))
+    return model
 
 
 def both_sides(x):
@@ -178,14 +173,14 @@ AHEAD = r"not causal: tokens after position \d+ were replaced, and the logits at
 MIXED = r"rows are mixed, dropout is on or state is kept .* row 0 moved by"
 SHAPE, INFINITE = "not logits of shape", "not finite"
 GPTS = {  # wrong GPTs: (how to make one, message)
-    "attention sees the next token": (lambda dtype: gpt(dtype, see_one_ahead), AHEAD),
+    "attention sees the next token": (lambda dtype: GPT(dtype, ahead=1), AHEAD),
     "1 % of the next position in one layer": (in_layer(lambda x: x + 0.01 * x.roll(-1, 1)), AHEAD),
     "token shift from the next position": (
         in_layer(lambda x: torch.cat((x.roll(-1, 1)[..., :2], x[..., 2:]), -1)), AHEAD),
     "convolution padded on both sides": (in_layer(both_sides), AHEAD),
     "normalised over time": (in_layer(lambda x: x / x.std(1, keepdim=True)), AHEAD),
     "1 % of the mean over time": (in_layer(lambda x: x - 0.01 * x.mean(1, keepdim=True)), AHEAD),
-    "value embeddings of the next token": (ids_for(lambda model: model.value_embeds["2"]), AHEAD),
+    "the embedding of the next token": (next_embedding, AHEAD),
     "1 % of the mean over rows": (in_layer(lambda x: x - 0.01 * x.mean(0, keepdim=True)), MIXED),
     "1 % of the row before": (in_layer(lambda x: x + 0.01 * x.roll(1, 0)), MIXED),
     "dropout of 1 % that eval() does not reach": (in_layer(lambda x: F.dropout(x, 0.01, training=True)), MIXED),
@@ -231,26 +226,11 @@ def test_a_fault_in_few_calls_gives_no_number(tokenizer, B, fault, message):
         prepare.evaluate_bpb(Table(lambda logits, inputs: fault(logits, next(calls))), tokenizer, B)
 
 
-# --- no false alarms
+# --- no false alarm
 
 
-@pytest.mark.parametrize("name, device, dtype", [
-    ("sdpa", "cpu", torch.float32), ("sdpa", "cpu", torch.bfloat16), *(
-        pytest.param(name, "cuda", torch.bfloat16, marks=cuda) for name in ("sdpa", "varlen", "fa3"))])
-def test_an_honest_model_moves_by_nothing_at_all(tokenizer, monkeypatch, name, device, dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_honest_model_moves_by_nothing_at_all(tokenizer, monkeypatch, dtype):
     """PROBE_TOLERANCE is slack for kernels that are not deterministic: these are."""
-    monkeypatch.setattr(train, "HEAD_DIM", 64)  # as the kernels want it
-    monkeypatch.setattr(train, "WIDTH", 128)
-    try:
-        attend = dict(train.attention_backends(torch.device(device), dtype))[name]()
-    except Exception as error:  # no network for fa3
-        pytest.skip(str(error))
-    model = gpt(dtype, attend).to(device)
     monkeypatch.setattr(prepare, "PROBE_TOLERANCE", 0.0)
-    loader = prepare.make_dataloader(tokenizer, 16, T, "val", device)
-    with torch.no_grad():
-        for _ in range(100 if device == "cuda" else 1):
-            inputs, _, _ = next(loader)
-            logits = model(inputs)
-            for first in range(5):
-                prepare.probe_causality(model, inputs, logits, first)
+    assert prepare.evaluate_bpb(GPT(dtype), tokenizer, 8) > 0
