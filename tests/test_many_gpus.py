@@ -142,7 +142,7 @@ def test_rounds_in_one_machine_use_every_gpu_keep_the_wins_and_survive_every_fai
     agent = make_stage(tmp_path)
     agent.set_up()
     assert all(f"ran on here {slot}\n" in agent.log(slot) for slot in SLOTS)
-    assert [float(row[1]) for row in agent.rows()] == [1 + 0.0005 * slot for slot in SLOTS]  # a seed for each slot
+    assert len({row[1] for row in agent.rows()}) == 8  # each has a seed of its own
     changes = ["sys.exit('FAIL: loss is nan')", "os.kill(os.getpid(), signal.SIGKILL)", "slip", "gain -= 0.001",
                "gain += 0.012", "gain += 0.016", "gain -= 0.002"]
     agent.begin(dict(enumerate(changes)))
@@ -157,17 +157,17 @@ def test_rounds_in_one_machine_use_every_gpu_keep_the_wins_and_survive_every_fai
     agent.at(2, "git -C slots/3 commit --amend")
     agent = Agent(agent.folder)
     assert agent.finish() == [2, 4] and agent.finish() == []
-    assert [float(row[1]) for row in agent.rows()[8:]] == [0, 0, 0.987, 1.0025, 0.99, 0.9865, 1.005]
-    agent.begin({3: "gain += 0.002"}, [2, 4])  # 4 stays as it is: its line is that of the win
+    assert [float(row[1]) for row in agent.rows()[8:]] == [0, 0, 0.9915, 1.007, 0.9945, 0.991, 1.0095]
+    agent.begin({3: "gain += 0.006"}, [2, 4])  # 4 stays as it is: its line is that of the win
     assert agent.finish() == [3]
     check(agent, "gain += 0.016", "slip")
     agent.start([5])  # the repeat
-    assert agent.read()[5] == 0.9865
+    assert agent.read()[5] == 0.9955
 
 
 def test_another_agent_has_a_clone_and_its_branch_and_ledger_come_home(tmp_path):
     agent = make_stage(tmp_path)
-    claude = 'git checkout -qb autoresearch/nov21-gpu1; echo "GPU $CUDA_VISIBLE_DEVICES: $@" > results.tsv'
+    claude = 'git checkout -qb autoresearch/nov21-gpu1; echo "GPU $CUDA_VISIBLE_DEVICES: $@" | tee learned.md > results.tsv'
     stub(tmp_path / "bin/claude", claude)
     agent.do("git clone")
     agent.do("git fetch -q ../autoresearch-gpu1")
