@@ -137,7 +137,7 @@ def test_the_hold_out_is_compared_within_a_dataset_and_a_budget_by_means_of_seed
     files = [f"{name}.log" for name in logs]
     assert page["holdout"].gap.to_dict() == pytest.approx(dict(zip(files, (0.01, 0.03, 0.17, 1, 0.1))))
     sentences = [item for item in page["shown"] if isinstance(item, str)]
-    assert sentences == [f"{files[0]} to {files[1]}: val_bpb fell by 0.2000, and 55% of that carried over."]
+    assert sentences == [f"{files[0]} to {files[1]}: val_bpb improved by 0.2000, and 55% of that carried over."]
 
 
 def test_rows_that_cannot_be_read_are_listed_and_good_rows_load(tmp_path, names):
