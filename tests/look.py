@@ -4,8 +4,8 @@
 
 Both train for a few seconds, twice and by turns. The model then passes through the checks of evaluate_bpb on training
 text, so that a crash or a look at later tokens shows now. The validation text is not read and no val_bpb is shown.
-Nothing is known of train.py but that it runs as a program and reads make_dataloader(). It takes about a minute, on a GPU
-two, while the changed code is compiled. Nothing in this folder is written.
+Nothing is known of train.py but that it runs as a program and reads make_dataloader(). It takes about a minute, and
+longer on a GPU, where changed code is compiled. Nothing in this folder is written.
 """
 
 import math
@@ -44,9 +44,12 @@ def trial(seconds):
     prepare.EVAL_TOKENS = 2 * prepare.PROBE_ROWS * prepare.MAX_SEQ_LEN
     prepare.make_dataloader, prepare.evaluate_bpb = timed_dataloader, checks_alone
     runpy.run_path("train.py", run_name="__main__")
-    (start, _), *_, (end, last) = reads[1:]  # the first batch is read before the clock starts
-    tokens = sum(count for _, count in reads[1:]) - last
-    print(f"tokens_per_second: {tokens / (end - start) if end > start else math.nan}")
+    reads.pop(0)  # before the clock starts
+    speed = math.nan  # of a machine that makes less than two steps
+    if len(reads) > 1:
+        tokens = sum(count for _, count in reads[:-1])
+        speed = tokens / (reads[-1][0] - reads[0][0])
+    print(f"tokens_per_second: {speed}")
 
 
 def look(name, code, seconds):

@@ -9,16 +9,12 @@ import re
 import runpy
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-import torchgen
-import yaml
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import prepare
 import train
@@ -426,14 +422,20 @@ def test_it_compiles_where_that_works_and_pays(monkeypatch):
 # --- the step
 
 
-def test_a_step_never_waits_for_the_device(build):
-    """Fake tensors have no values: whatever would read one on the host raises."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_step_runs_on_cuda_tensors_and_never_waits_for_them(dtype):
+    """Fake tensors have a device, a dtype and a shape, and no values: whatever would read one on the host raises."""
     with FakeTensorMode():
-        model = build()
-        optimizer, batch = optimizer_of(model), random_batch()
+        with torch.device("cuda"):
+            model = train.GPT(train.sdpa_attention, dtype)
+        optimizer = optimizer_of(model)
+        batch = *torch.zeros(2, 2, train.MAX_SEQ_LEN, dtype=torch.int64, device="cuda"), 1
+        with torch.no_grad():
+            assert model(batch[0]).dtype == torch.float32
         for step in range(2):
             train.set_schedules(optimizer, step / 2, step)
             loss, _ = train.train_step(model, optimizer, batch, lambda: batch, 2)
+        assert all(tensor.is_cuda for state in optimizer.state.values() for tensor in state.values())
         with pytest.raises(DataDependentOutputException):
             loss.item()
 
@@ -455,6 +457,7 @@ def test_nothing_is_compiled_after_warm_up(build, graphs):
     model = build(DEPTH=5, LOSS_CHUNKS=2)
     optimizer = optimizer_of(model)
     train.compile_hot_functions(model, optimizer)
+    assert torch._dynamo.config.recompile_limit == 64  # an agent's ninth matrix shape ran uncompiled
     train.warm_up(model, optimizer, CPU)
     warm = 2 + len({p.shape for p in model.blocks.parameters()})  # trunk, loss, Muon by shape
     assert graphs() == warm
@@ -464,20 +467,6 @@ def test_nothing_is_compiled_after_warm_up(build, graphs):
         for _ in range(2):
             model(random_batch(rows=1)[0])
     assert graphs() == warm + 1
-
-
-def test_more_than_eight_shapes_are_compiled(build, graphs):
-    """An agent's ninth matrix shape ran uncompiled, after one warning."""
-    model = build()
-    for n in range(1, 10):
-        model.blocks[0].mlp.register_parameter(f"extra{n}", torch.nn.Parameter(torch.ones(n, 40)))
-    optimizer = optimizer_of(model)
-    train.compile_hot_functions(model, optimizer)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    train.set_schedules(optimizer, 0.0, 0)
-    optimizer.step()
-    assert graphs() == len(optimizer.muon_groups) > 9
 
 
 def weights_after(model, optimizer, steps):
@@ -575,7 +564,8 @@ def test_what_no_published_figure_replaced_is_the_faithful_baselines(monkeypatch
 
 def test_the_table_of_the_baseline_has_the_constants_of_the_recipe_and_of_train():
     import bench_train
-    rows = re.findall(r"^\| `([A-Z_]+)` \| `?([\d*./]+)`? \| `?([\d*./]+)`? \|", (REPO / "docs/baseline.md").read_text(), re.MULTILINE)
+    text = (REPO / "docs/baseline.md").read_text()
+    rows = re.findall(r"^\| `([A-Z_]+)` \| `?([\d*./]+)`? \| `?([\d*./]+)`? \|", text, re.MULTILINE)
     assert {name: eval(old) for name, old, _ in rows} == bench_train.FAITHFUL
     code = (REPO / "train.py").read_text()
     for name, _, new in rows:
@@ -655,11 +645,10 @@ def test_a_loss_is_read_when_the_next_step_has_been_launched(short_run):
     assert events == ["launch", "launch", "launch", 0, "launch", 1, "launch", 2, "launch", 3, 4]  # the first warms up
 
 
-@pytest.mark.parametrize("value", [math.nan, 101.0])
-def test_a_loss_that_explodes_stops_the_run_with_its_step(short_run, value):
-    real, losses = train.train_step, iter([1.0, 1.0, 1.0, value, 1.0])  # one for the warm-up; read a step late
+def test_a_loss_above_100_stops_the_run(short_run):
+    real, losses = train.train_step, iter([1.0, 1.0, 1.0, 101.0, 1.0])  # one for the warm-up; read a step late
     short_run.setattr(train, "train_step", lambda *args: (torch.tensor(next(losses)), real(*args)[1]))
-    with pytest.raises(SystemExit, match=rf"^loss is {value} at step 2$"):
+    with pytest.raises(SystemExit, match="^loss is 101.0 at step 2$"):
         train.main()
 
 
@@ -677,7 +666,6 @@ def test_impossible_constants_and_seeds_are_refused(short_run, name, value, mess
 
 
 @pytest.mark.parametrize("error, line", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "FAIL: out of memory with DEVICE_BATCH_SIZE="),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "FAIL: out of memory with DEVICE_BATCH_SIZE="),
     (prepare.YardstickError("not causal"), "FAIL: not causal"), (SystemExit("SEED=x"), "FAIL: SEED=x"),
     (RuntimeError("size mismatch"), None)])
@@ -742,15 +730,6 @@ def on_cpu(x):
     return "cpu" if isinstance(x, (str, torch.device)) and str(x) == "mps" else x
 
 
-class Operators(TorchDispatchMode):
-    names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "aten":
-            self.names.add(func._schema.name[6:] + ("." + func._schema.overload_name).rstrip("."))
-        return func(*args, **(kwargs or {}))
-
-
 def run_on(device, tokenizer, monkeypatch):
     """Rows, a step of training and the evaluation of a small model; returns bits per byte and the weights."""
     monkeypatch.setattr(prepare, "EVAL_TOKENS", 8 * prepare.MAX_SEQ_LEN)
@@ -770,45 +749,14 @@ def run_on(device, tokenizer, monkeypatch):
 
 
 def test_nothing_runs_on_mps_that_torch_lacks_there(prepared, tokenizer, monkeypatch):
-    """float64 and uint16, copies that are not waited for, operators without a kernel; the results are the CPU's."""
+    """float64 and uint16, and copies that are not waited for; the results are the CPU's."""
     with monkeypatch.context() as patch:
         bpb, weights = run_on("cpu", tokenizer, patch)
-    with MPS(), Operators() as ran:
+    with MPS():
         mps_bpb, mps_weights = run_on("mps", tokenizer, monkeypatch)
     assert mps_bpb == pytest.approx(bpb, abs=1e-5)
     for ours, theirs in zip(weights, mps_weights):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
-    native = {entry["func"].split("(")[0]: entry for entry in yaml.safe_load(table.read_text())}
-    lacking = set()
-    for name in ran.names:
-        entry = native[native[name].get("structured_delegate", name)]
-        kernels = " ".join(entry.get("dispatch", ["CompositeImplicitAutograd"]))
-        if not re.search(r"\bMPS\b|Composite", kernels):
-            lacking.add(name)
-    cpus_own = "_scaled_dot_product_flash_attention_for_cpu"  # stands in for _scaled_dot_product_attention_math_for_mps
-    assert len(ran.names) > 50 and lacking <= {cpus_own, cpus_own + "_backward"}
-
-
-# --- an NVIDIA GPU that is not there
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_forward_pass_and_optimizer_run_on_fake_cuda_tensors(dtype):
-    """FakeTensorMode checks devices, dtypes and shapes, and raises where the host would read a value."""
-    with FakeTensorMode():
-        with torch.device("cuda"):
-            model = train.GPT(train.sdpa_attention, dtype)
-        optimizer = train.MuonAdamW(*train.parameter_groups(model), dtype)
-        inputs = torch.zeros(2, train.MAX_SEQ_LEN, dtype=torch.int64, device="cuda")
-        with torch.no_grad():
-            logits = model(inputs)
-        assert (logits.device.type, logits.dtype) == ("cuda", torch.float32)
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        train.set_schedules(optimizer, 0.0, 0)
-        optimizer.step()
-        assert all(tensor.is_cuda for state in optimizer.state.values() for tensor in state.values())
 
 
 @cuda

@@ -241,7 +241,8 @@ def test_a_night_goes_well_with_gits_other_settings(stage, tmp_path, command):
     folder = copy(stage, tmp_path)
     git(folder, *command.split())
     agent = play_a_night(folder)
-    assert git(folder, "log", "--format=%s", "main..HEAD").split("\n") == ["a second gate", "a gate", "what the human left"]
+    subjects = git(folder, "log", "--format=%s", "main..HEAD").splitlines()
+    assert subjects == ["a second gate", "a gate", "what the human left"]
     assert len(agent.rows()) == 8
 
 

@@ -167,8 +167,8 @@ def test_rounds_in_one_machine_use_every_gpu_keep_the_wins_and_survive_every_fai
 
 def test_another_agent_has_a_clone_and_its_branch_and_ledger_come_home(tmp_path):
     agent = make_stage(tmp_path)
-    claude = 'git checkout -qb autoresearch/nov21-gpu1; echo "GPU $CUDA_VISIBLE_DEVICES: $@" | tee learned.md > results.tsv'
-    stub(tmp_path / "bin/claude", claude)
+    leave = "echo GPU $CUDA_VISIBLE_DEVICES: $@ | tee learned.md > results.tsv"
+    stub(tmp_path / "bin/claude", f"git checkout -qb autoresearch/nov21-gpu1; {leave}")
     agent.do("git clone")
     agent.do("git fetch -q ../autoresearch-gpu1")
     assert (agent.folder / "results-nov21-gpu1.tsv").read_text().endswith("The run tag is nov21-gpu1.\n")

@@ -33,7 +33,8 @@ def project(tmp_path_factory):
 
 def run(folder, **env):
     """{key: string} of the summary, or the line that ends a failure."""
-    done = subprocess.run([sys.executable, "judge.py"], cwd=folder, env=os.environ | env, capture_output=True, text=True)
+    command = [sys.executable, "judge.py"]
+    done = subprocess.run(command, cwd=folder, env=os.environ | env, capture_output=True, text=True)
     if done.returncode:
         assert done.stdout == "" and done.stderr.splitlines()[-1].startswith("FAIL: ")
         return done.stderr.splitlines()[-1]
