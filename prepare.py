@@ -102,9 +102,9 @@ def gpu_makers(root=Path("/")):
 
 
 def refuse_gpu(gpu):
-    raise SystemExit(f"torch {torch.__version__} cannot use {gpu}. Update the driver; in a container pass the GPU on; "
-                     "for an older GPU or driver: uv pip install --no-config torch==2.11.0+cu126 --index-url "
-                     "https://download.pytorch.org/whl/cu126 && export UV_NO_SYNC=1. To use the CPU: export "
+    raise SystemExit(f"torch {torch.__version__} cannot use {gpu}. Update the driver, or start the container with its "
+                     "GPU. For an older GPU or driver, run: uv pip install --no-config torch==2.11.0+cu126 --index-url "
+                     "https://download.pytorch.org/whl/cu126 && export UV_NO_SYNC=1. To use the CPU, run: export "
                      "AUTORESEARCH_PROFILE=tiny")
 
 
@@ -351,7 +351,7 @@ def fetch(name, bar, stop):
             hopeless = isinstance(error, ValueError)  # a malformed URL or header
         if hopeless or wait is None or stop.wait(wait):
             raise SystemExit(f"download of {name} failed: {problem}; check the network, HF_ENDPOINT and HF_TOKEN, "
-                             "then run again to continue")
+                             "and run the command again: it goes on where it was")
 
 
 def receive(name, part, bar, stop):
@@ -420,7 +420,7 @@ class Tokenizer:
         bpe.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}
         if len(ranks) + len(SPECIAL_TOKENS) < vocab_size:
-            raise SystemExit(f"{DATASET} has text for {len(ranks)} tokens, {VOCAB_SIZE=} needs more: add text")
+            raise SystemExit(f"{DATASET} has too little text for {VOCAB_SIZE=}: it gives {len(ranks)} tokens. Add text")
         return cls(ranks)
 
     @classmethod
@@ -434,7 +434,7 @@ class Tokenizer:
         """Write it, after a round trip that must give the text back."""
         text = "Hello world! 1234\n\tdéjà vu \u4f60\u597d \U0001f680" + "".join(map(chr, range(0xD800)))
         if self.decode(self.encode(text)) != text:
-            raise SystemExit("the tokenizer does not give text back: not saved")
+            raise SystemExit("the new tokenizer does not reproduce its text, so it was not saved")
         lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in self.ranks.items()]
         (directory / "tokenizer.tiktoken").write_text("".join(lines))
 
@@ -561,7 +561,8 @@ def build(num_shards):
         for split in SPLITS:
             rows = sizes[f"{split}.tokens"] // 2 // MAX_SEQ_LEN
             if rows < MIN_EVAL_ROWS:
-                raise SystemExit(f"{DATASET} has {rows} rows for {split}, {MIN_EVAL_ROWS} are needed: add text")
+                raise SystemExit(f"{DATASET} has too little text: {split} has {rows} rows of {MAX_SEQ_LEN} tokens, "
+                                 f"and {MIN_EVAL_ROWS} are needed. Add text")
         hashes = {name: file_hash(new / name) for name in sizes}
         manifest = dict(made_from=made_from, num_shards=num_shards, bytes=sizes, sha256=hashes)
         (new / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -770,7 +771,8 @@ def prepare(num_shards, download_workers):
             missing = gigabytes - sum(path.stat().st_size for path in raw_dir().glob("*")) / 1e9
             free = shutil.disk_usage(CACHE).free / 1e9
             if free < missing:
-                raise SystemExit(f"{missing:.1f} GB more are needed, {CACHE} has {free:.1f}: set AUTORESEARCH_CACHE")
+                raise SystemExit(f"the disk of {CACHE} has {free:.1f} GB free, and {missing:.1f} GB are needed: free "
+                                 "some, or set AUTORESEARCH_CACHE to a folder on another disk")
             if DATASET in HUB_REPOS:
                 fetch_all(hub_files(num_shards), download_workers)
             build(num_shards)
@@ -785,7 +787,7 @@ def main():
     try:
         prepare(args.num_shards, args.download_workers)
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: complete files are kept, run again to continue") from None
+        raise SystemExit("interrupted: what is complete is kept; run the command again to go on") from None
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise SystemExit(f"cannot prepare {DATASET}: {error}") from None
 

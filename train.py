@@ -587,7 +587,7 @@ def finish_copy(step, loss, copied):
     if copied is not None:
         copied.synchronize()
     if not loss.item() <= 100:  # NaN too
-        raise SystemExit(f"loss is {loss.item()} at step {step}")
+        raise SystemExit(f"the loss is {loss.item()} at step {step}")
     return loss.item()
 
 
@@ -653,8 +653,8 @@ def main():
 
     torch.save(model.state_dict(), "model.pt")
     if training_seconds > TIME_BUDGET + 15:  # time that others do not have
-        raise SystemExit(f"{training_seconds:.0f} s of training in {step} steps: lower {TOTAL_BATCH_SIZE=} or "
-                         "the model's size")
+        raise SystemExit(f"training took {training_seconds:.0f} s for {step} steps, longer than the budget: "
+                         f"lower {TOTAL_BATCH_SIZE=} or the size of the model")
     summary = {"val_bpb": f"{evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE):.6f}"}
     if os.environ.get("AUTORESEARCH_HOLDOUT") == "1":
         summary["holdout_bpb"] = f"{evaluate_bpb(model, tokenizer, EVAL_BATCH_SIZE, 'holdout'):.6f}"
@@ -689,5 +689,5 @@ if __name__ == "__main__":
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise SystemExit(f"FAIL: out of memory with {DEVICE_BATCH_SIZE=}: halve it, TOTAL_BATCH_SIZE stays the same; "
-                         f"after the last step halve {EVAL_BATCH_SIZE=}") from None
+        raise SystemExit(f"FAIL: out of memory with {DEVICE_BATCH_SIZE=}: halve it, and leave TOTAL_BATCH_SIZE. If all "
+                         f"steps were made, halve {EVAL_BATCH_SIZE=} instead") from None

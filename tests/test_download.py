@@ -122,7 +122,7 @@ def failure(command, *arguments):
 def fetch(*names):
     line = failure(prepare.fetch_all, names, 2)
     if line:
-        assert re.fullmatch(r"download of shard_\d+\.parquet failed: .*; check .*, then run again to continue", line)
+        assert re.fullmatch(r"download of shard_\d+\.parquet failed: .*; check .* and run the command again: .*", line)
     else:
         assert all((prepare.raw_dir() / name).exists() for name in names)
     return line
@@ -294,7 +294,7 @@ prepare.main()
 
 @pytest.mark.parametrize("number, code, words", [
     (0, 0, ""), (signal.SIGKILL, -9, ""),
-    (signal.SIGINT, 1, "interrupted: complete files are kept, run again to continue\n"),
+    (signal.SIGINT, 1, "interrupted: what is complete is kept; run the command again to go on\n"),
 ])
 def test_second_command_waits_for_the_first_and_continues(hub, tmp_path, monkeypatch, number, code, words):
     hub.faults[SHARD] = [dict(slow=0.02)]  # 2.4 s

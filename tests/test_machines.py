@@ -14,7 +14,7 @@ import prepare
 CARD = "sys/bus/pci/devices/0000:01:00.0/vendor"
 NVIDIA = {CARD: "0x10de\n"}
 TOO_OLD = "CUDA initialization: The NVIDIA driver on your system is too old (found version 12020). Please update it."
-REMEDIES = ("Update the driver|in a container pass the GPU on|export AUTORESEARCH_PROFILE=tiny|"
+REMEDIES = ("Update the driver|start the container with its GPU|export AUTORESEARCH_PROFILE=tiny|"
             "torch==2.11.0+cu126 --index-url https://download.pytorch.org/whl/cu126 && export UV_NO_SYNC=1")
 # (compute capability, GB, multiprocessors) of the GPU, what else is so, words of the one line, profile
 MACHINES = {
