@@ -422,22 +422,33 @@ def test_it_compiles_where_that_works_and_pays(monkeypatch):
 # --- the step
 
 
+def test_a_step_never_waits_for_the_device(build):
+    """Fake tensors have no values: whatever would read one on the host raises."""
+    with FakeTensorMode():
+        model = build()
+        optimizer, batch = optimizer_of(model), random_batch()
+        for step in range(2):
+            train.set_schedules(optimizer, step / 2, step)
+            loss, _ = train.train_step(model, optimizer, batch, lambda: batch, 2)
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_step_runs_on_cuda_tensors_and_never_waits_for_them(dtype):
-    """Fake tensors have a device, a dtype and a shape, and no values: whatever would read one on the host raises."""
+def test_forward_pass_and_optimizer_run_on_fake_cuda_tensors(dtype):
+    """Fake tensors have a device, a dtype and a shape; autograd would want a real GPU."""
     with FakeTensorMode():
         with torch.device("cuda"):
             model = train.GPT(train.sdpa_attention, dtype)
         optimizer = optimizer_of(model)
-        batch = *torch.zeros(2, 2, train.MAX_SEQ_LEN, dtype=torch.int64, device="cuda"), 1
         with torch.no_grad():
-            assert model(batch[0]).dtype == torch.float32
-        for step in range(2):
-            train.set_schedules(optimizer, step / 2, step)
-            loss, _ = train.train_step(model, optimizer, batch, lambda: batch, 2)
+            logits = model(torch.zeros(2, train.MAX_SEQ_LEN, dtype=torch.int64, device="cuda"))
+        assert (logits.device.type, logits.dtype) == ("cuda", torch.float32)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        train.set_schedules(optimizer, 0.0, 0)
+        optimizer.step()
         assert all(tensor.is_cuda for state in optimizer.state.values() for tensor in state.values())
-        with pytest.raises(DataDependentOutputException):
-            loss.item()
 
 
 @pytest.fixture
