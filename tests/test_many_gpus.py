@@ -271,9 +271,9 @@ def test_rounds_on_slurm_use_every_gpu_and_survive_every_failure(cluster, tmp_pa
     (tmp_path / "n1").write_text("sys.exit('no prepared data; run: uv run prepare.py')")
     (tmp_path / "n2").write_text("os.kill(os.getpid(), signal.SIGKILL)")
     agent.start(SLOTS, wait="")
-    until(lambda: all("ran on" in agent.log(slot) for slot in SLOTS))
-    first = output("squeue --me --noheader --format=%A,%K").split()
-    output("scancel " + next(line.split(",")[0] for line in first if line.endswith(",2")))
+    until(lambda: len(output("squeue --me --noheader --states=RUNNING --format=%K").split()) == 8)
+    job = output("squeue --me --noheader --states=RUNNING --format=%F").split()[0]
+    output(f"scancel {job}_2")
     output("scontrol update NodeName=n2 State=DOWN Reason=test")
     (tmp_path / "meet").write_text("0")
     until(lambda: not agent.do("squeue").count("nov21"))
