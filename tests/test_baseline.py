@@ -367,6 +367,7 @@ def test_normuon_keeps_the_norm_of_the_update_and_evens_out_its_rows(shape):
     optimizer.step()
     update, axis = p.detach() / -0.1, 1 if shape[0] > shape[1] else 0
     torch.testing.assert_close(update.norm(), plain.norm(), rtol=1e-3, atol=0)
+    assert (update * plain).sum() > 0.5 * plain.square().sum()  # and the direction, down the gradient
     assert update.square().mean(axis).std() < 0.01 * update.square().mean()
     seen = (1 - train.NORMUON_BETA2) * plain.square().mean(axis, keepdim=True)
     torch.testing.assert_close(optimizer.state[p]["second_moment"][0], seen)
@@ -465,7 +466,7 @@ def graphs(monkeypatch):
 
 def test_nothing_is_compiled_after_warm_up(build, graphs):
     """Schedules change the learning rates at every step."""
-    model = build(DEPTH=5, LOSS_CHUNKS=2)
+    model = build(LOSS_CHUNKS=2)
     optimizer = optimizer_of(model)
     train.compile_hot_functions(model, optimizer)
     assert torch._dynamo.config.recompile_limit == 64  # an agent's ninth matrix shape ran uncompiled
@@ -518,30 +519,6 @@ def test_warm_up_halves_the_rows_until_a_step_fits_and_leaves_no_trace(build, fi
     assert all(map(torch.equal, weights_after(model, optimizer, 2), weights_after(fresh, optimizer_of(fresh), 2)))
 
 
-# --- learning
-
-
-def losses(prepared, tokenizer, seed, steps):
-    """Of training on eight batches of real text, again and again, on the whole schedule."""
-    torch.manual_seed(seed)
-    model = train.GPT(train.sdpa_attention, torch.float32)
-    optimizer, loader, got = optimizer_of(model), prepared.make_dataloader(tokenizer, 8, 64, "train"), []
-    batches = [next(loader) for _ in range(8)]
-    for step in range(steps):
-        train.set_schedules(optimizer, step / steps, step)
-        got.append(train.train_step(model, optimizer, batches[step % 8], lambda: None, 1)[0].item())
-    return got
-
-
-def test_training_learns(constants, prepared, tokenizer):
-    """The sign of the update, of the momentum, of the decay, of a coefficient of Polar Express or of a gradient turned
-    gives 2 nats or more, or NaN; what it takes not to notice Nesterov's and the schedules' has tests of its own."""
-    constants(VOCAB_SIZE=prepared.VOCAB_SIZE, MAX_SEQ_LEN=64, DEPTH=2, WIDTH=64, HEAD_DIM=32, QUERIES_PER_KV=1,
-              EMBEDDING_LR=0.05, MATRIX_LR=0.2, WEIGHT_DECAY=1, MOMENTUM_STEPS=50)
-    assert 0 < sum(losses(prepared, tokenizer, 1, 96)[-8:]) / 8 < 1.0  # 0.46 to 0.55 with four seeds
-    assert losses(prepared, tokenizer, 1, 3) == losses(prepared, tokenizer, 1, 3) != losses(prepared, tokenizer, 2, 3)
-
-
 # --- the constants
 
 
@@ -561,16 +538,6 @@ def test_every_constant_is_set_in_one_place_and_used():
 def values_of(profile, monkeypatch):
     monkeypatch.setattr(prepare, "PROFILE", profile)
     return runpy.run_path(REPO / "train.py", run_name="train")
-
-
-def test_what_no_published_figure_replaced_is_the_faithful_baselines(monkeypatch):
-    values = values_of("full", monkeypatch)
-    faithful = dict(
-        QUERIES_PER_KV=1, WINDOW_PATTERN="SSSL", ROPE_BASE=10_000, VE_GATE_CHANNELS=32, X0_LAMBDA=0.1,
-        MLP_RATIO=4, SOFTCAP=15, X0_LR=0.5, X0_BETAS=(0.96, 0.95), SCALAR_LR=0.005, ADAM_BETAS=(0.8, 0.95),
-        ADAM_EPS=1e-10, MATRIX_LR=0.04, WEIGHT_DECAY=0.2, MOMENTUM=(0.85, 0.95), MOMENTUM_STEPS=300,
-        NORMUON_BETA2=0.95, WARMUP_RATIO=0.0)
-    assert {name: values[name] for name in faithful} == faithful
 
 
 def test_the_table_of_the_baseline_has_the_constants_of_the_recipe_and_of_train():

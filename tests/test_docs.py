@@ -6,11 +6,9 @@ import re
 import pytest
 
 import prepare
-from conftest import REPO, commands, git
+from conftest import REPO, commands
 
 README = REPO / "README.md"
-PAGES = pytest.mark.parametrize(
-    "path", [README, REPO / "program.md", *sorted(REPO.glob("docs/*.md"))], ids=lambda path: path.name)
 
 
 def test_readmes_three_commands_come_first_and_ci_runs_the_tests_as_it_says():
@@ -28,7 +26,7 @@ def test_python_is_bounded_by_what_the_pinned_torch_has_wheels_for():
     assert bounds in (REPO / "pyproject.toml").read_text()
 
 
-@PAGES
+@pytest.mark.parametrize("path", [README, *sorted(REPO.glob("docs/*.md"))], ids=lambda path: path.name)
 def test_every_file_that_the_documents_name_exists(path):
     made_later = {"results.tsv", "learned.md", "run.log", "holdout-first.log", "model.pt", "progress.png",
                   "judge.py", "solution.py"}
@@ -44,9 +42,3 @@ def test_the_profiles_in_the_table_are_those_of_prepare():
     assert len(rows) == 3
     for name, dataset, vocab_size, seq_len in rows:
         assert prepare.PROFILES[name][:3] == (dataset, int(vocab_size), int(seq_len))
-
-
-def test_the_top_level_has_nothing_else():
-    top = {name.split("/")[0] for name in git(REPO, "ls-files").split()}
-    assert top <= {*"prepare.py train.py program.md analysis.ipynb pyproject.toml README.md LICENSE".split(),
-                   *"tests docs .ci .claude .gitignore".split()}

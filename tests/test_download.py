@@ -250,15 +250,6 @@ def test_failure_of_one_file_stops_the_others(hub):
     assert fetch(VAL, SHARD) is None
 
 
-def test_progress_counts_bytes_and_a_failure_begins_on_a_line_of_its_own(hub, capsys):
-    hub.faults[SHARD] = [CUT] * 6
-    assert fetch(SHARD)
-    out, err = capsys.readouterr()
-    assert out.endswith("\n") and out.count("\n") == 1 and not err
-    received = (prepare.raw_dir() / f"{SHARD}.part").stat().st_size
-    assert out.split("\r")[-1].startswith(f"downloading: {received / 1e3:.1f}kB [")
-
-
 def test_command_prepares_verifies_and_then_needs_no_network(hub, monkeypatch, capsys):
     for first in (True, False):
         assert run_main(monkeypatch) is None

@@ -8,7 +8,6 @@ import itertools
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -263,19 +262,3 @@ def test_every_command_of_the_page_and_the_readme_can_be_typed(night, tmp_path, 
                           timeout=60)
     nothing_to_do = command.startswith(("git cherry-pick", "git reset")) and "usage" not in done.stderr
     assert done.returncode == 0 or nothing_to_do, done
-
-
-def test_the_pages_example_is_a_ledger_with_the_bar_and_the_noise_that_it_tells():
-    example = re.search(rf"```\n{HEADER}(.*?)```\n\n(.*?)\n\n", PROGRAM, re.DOTALL)
-    if not example:
-        pytest.skip("the page has no ledger")
-    rows = example[1].splitlines()
-    assert all(map(well_formed, rows))
-    last, differences = {}, []
-    for commit, val_bpb, _, status, _ in (row.split("\t") for row in rows):
-        if commit in last:
-            differences.append(abs(float(val_bpb) - last[commit]))
-        last[commit] = float(val_bpb)
-        bar = val_bpb if status == "keep" else bar
-    noise = statistics.mean(differences[-3:])
-    assert {bar, f"{noise:.4f}"} <= set(re.findall(r"\d\.\d+", example[2]))
