@@ -9,7 +9,7 @@ import sys
 import nbformat
 import pytest
 
-from conftest import HEADER, REPO, git
+from conftest import REPO, git
 
 JUDGE, SOLUTION = re.findall(r"```python\n(.*?)```", (REPO / "docs/your-own.md").read_text(), re.DOTALL)
 TURN_BACK = '''    (x, y), turn = points.T, 6 * np.hypot(*points.T)
@@ -24,7 +24,6 @@ def project(tmp_path_factory):
     (folder / "judge.py").write_text(JUDGE.replace("SECONDS = 10", "SECONDS = 5"))
     (folder / "solution.py").write_text(SOLUTION)
     (folder / ".gitignore").write_text("results*.tsv\nlearned.md\n*.log\ndata.npz\n")
-    (folder / "results.tsv").write_text(HEADER)
     git(folder, "init", "-q", "-b", "autoresearch/nov21")
     git(folder, "add", ".")
     git(folder, "commit", "-qm", "first solution")
@@ -84,9 +83,9 @@ def test_a_win_is_kept_a_loss_undone_a_cheat_refused_and_the_notebook_shows_it(p
     shutil.copy(REPO / "analysis.ipynb", project)
     notebook = nbformat.read(project / "analysis.ipynb", as_version=4)
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    line = 'NUMBER, HOLDOUT, LOWER_IS_BETTER = "val_bpb", "holdout_bpb", True'
-    assert line in code
-    code = code.replace(line, 'NUMBER, HOLDOUT, LOWER_IS_BETTER = "accuracy", "holdout_accuracy", False')
+    names = '"train.py", "val_bpb", "holdout_bpb", True'
+    assert names in code
+    code = code.replace(names, '"solution.py", "accuracy", "holdout_accuracy", False')
     shown = "import matplotlib; matplotlib.use('Agg')\ndisplay = lambda table: print(table.to_string())\n"
     done = subprocess.run([sys.executable, "-c", shown + code], cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
