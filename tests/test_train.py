@@ -57,10 +57,9 @@ def last_line_of_failure(done):
     return done.stderr.splitlines()[-1]
 
 
-def test_a_run_ends_with_the_summary_after_few_lines_and_leaves_the_weights_alone(runs):
+def test_a_run_ends_with_the_summary_and_leaves_the_weights_alone(runs):
     summary, _ = ended_well(runs["whole"])
     assert list(summary) == SUMMARY
-    assert len(runs["whole"][0].stdout.splitlines()) <= 60 + len(SUMMARY)
     assert {path.name for path in runs["folder"].iterdir()} == {"model.pt", "witness.json"}
 
 
