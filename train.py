@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import re
+import resource
 import sys
 
 import torch
@@ -516,10 +517,6 @@ def compile_hot_functions(model, optimizer):
 def peak_memory_mb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
