@@ -18,7 +18,7 @@ TEXT = Path(TMP.name) / "text"
 TEXT.mkdir()
 for variable in ("SEED", "AUTORESEARCH_HOLDOUT", "AUTORESEARCH_MINUTES", "HF_TOKEN", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(variable, None)
-sys.dont_write_bytecode = False  # many tests start Python: without its bytecode, importing torch takes 8 s more
+sys.dont_write_bytecode = False  # each Python that a test starts would compile all of torch anew, for ten seconds
 os.environ.update(
     AUTORESEARCH_PROFILE="tiny", AUTORESEARCH_DATASET=str(TEXT), AUTORESEARCH_CACHE=str(Path(TMP.name) / "cache"),
     HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9",  # nothing listens there
