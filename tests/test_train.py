@@ -60,6 +60,7 @@ def last_line_of_failure(done):
 def test_a_run_ends_with_the_summary_and_leaves_the_weights_alone(runs):
     summary, _ = ended_well(runs["whole"])
     assert list(summary) == SUMMARY
+    assert 100 < float(summary["peak_vram_mb"]) < 20_000  # torch alone has several hundred
     assert {path.name for path in runs["folder"].iterdir()} == {"model.pt", "witness.json"}
 
 
