@@ -52,15 +52,15 @@ LOSS_CHUNKS = 8  # parts of a pass whose logits exist one after the other, to sa
 EVAL_BATCH_SIZE = 16  # rows per forward pass of the evaluation
 
 # Optimizer
-EMBEDDING_LR = 0.74  # all embeddings (Adam)
+EMBEDDING_LR = 0.74  # all embeddings, at width 768 (Adam)
 VE_WEIGHT_DECAY = 0.004  # of the value embeddings
-UNEMBEDDING_LR = 0.010  # lm_head (Adam)
+UNEMBEDDING_LR = 0.010  # lm_head, at width 768 (Adam)
 X0_LR = 0.5  # x0_lambdas (Adam)
 X0_BETAS = (0.96, 0.95)
-SCALAR_LR = 0.005  # resid_lambdas, and every parameter that you add outside of the other groups (Adam)
+SCALAR_LR = 0.005  # resid_lambdas, and all that you add, but for embeddings and matrices in blocks (Adam)
 ADAM_BETAS = (0.8, 0.95)  # of the first and second moments
 ADAM_EPS = 1e-10  # added to the root of the second moment
-MATRIX_LR = 0.04  # the matrices of the blocks (Muon)
+MATRIX_LR = 0.04  # every matrix in a block (Muon)
 WEIGHT_DECAY = 0.2  # of Muon, falls to 0 over the run
 MOMENTUM = (0.85, 0.95)  # of Muon: at the first step, and from MOMENTUM_STEPS on
 MOMENTUM_STEPS = 300  # steps in which the momentum rises
