@@ -183,12 +183,22 @@ def test_the_staircase_shows_every_run_and_names_the_largest_gains(tmp_path, nam
         [str(i), f"{-gain:+.4f}"] for i, gain in largest.gain.items()]
 
 
-@pytest.mark.parametrize("repeats, clear, band", [([1.004], [4, 6], [0.7955, 1.008]), ([], [], [])])
-def test_clear_is_more_than_the_noise_between_runs_of_one_commit_and_so_wide_is_the_band(
+def test_the_axis_holds_all_runs_of_the_baseline_but_not_a_bad_run(tmp_path, names):
+    lines = [row(1, 1.0, "keep"), row(1, 1.2, "keep"), *[row(2, 0.9, "keep")] * 4, row(3, 5.0)]
+    _, ax, _ = draw(names, write(tmp_path / "results.tsv", lines))
+    low, high = ax.get_ylim()
+    assert 0.8 < low < 0.9 and 1.2 < high < 1.3
+
+
+@pytest.mark.parametrize("repeats, clear, band", [(True, [4, 5, 6], [0.7955, 1.008]), (False, [], [])])
+def test_clear_is_more_than_the_noise_of_that_time_between_runs_of_one_commit_and_so_wide_is_the_band(
         tmp_path, names, repeats, clear, band):
-    lines = [row(1, value, "keep") for value in [1.0, *repeats, 1.002]]
-    lines = lines[:1] if not repeats else [*lines[:2], row(2, 1.001, "discard"), row(3, 0.9, "keep")]
-    lines += [row(4, 0.897, "keep"), row(5, 0.7995, "keep")]
+    lines = [row(1, 1.0, "keep")]
+    if repeats:  # the noise is 0.004
+        lines += [row(1, 1.004, "keep"), row(2, 1.001)]
+    lines += [row(3, 0.9, "keep"), row(4, 0.89, "keep"), row(5, 0.7995, "keep")]
+    if repeats:  # now it is 0.027
+        lines += [row(5, 0.8495, "keep"), row(6, 0.84, "keep")]
     run, ax, _ = draw(names, write(tmp_path / "results.tsv", lines))
     assert list(run.index[run.clear]) == clear
     bands = [marks for marks in ax.collections if type(marks).__name__ != "PathCollection"]
