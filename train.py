@@ -222,8 +222,8 @@ class Attention(nn.Module):
         if self.ve_gate is not None:  # value residual: an embedding of the token, weighed per head
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))  # (B, T, Hkv)
             v = v + gate.unsqueeze(-1) * ve.view_as(v)
-        q = norm(apply_rope(q, cos, sin))  # QK-norm
-        k = norm(apply_rope(k, cos, sin))
+        q = apply_rope(norm(q), cos, sin)  # QK-norm
+        k = apply_rope(norm(k), cos, sin)
         return self.proj(self.attend(q, k, v, self.window).reshape(B, T, C))
 
 
@@ -288,8 +288,8 @@ class GPT(nn.Module):
         cos = self.cos[:T]
         sin = self.sin[:T]
         previous = F.pad(inputs, (1, -1))
-        x = norm((self.wte(inputs) + self.previous_wte(previous)).to(self.dtype))
-        x0 = x
+        x0 = norm(self.wte(inputs).to(self.dtype) + self.previous_wte(previous).to(self.dtype))
+        x = x0
         for i, block in enumerate(self.blocks):
             ve = None
             if str(i) in self.value_embeds:
