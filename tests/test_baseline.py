@@ -187,14 +187,32 @@ def test_each_gpu_is_offered_the_fastest_backend_that_it_can_run(monkeypatch, ca
 # --- model
 
 
-def test_rope_makes_scores_depend_on_distance_only(build):
-    model = build(HEAD_DIM=16, MAX_SEQ_LEN=64)
-    q, k = (train.apply_rope(torch.randn(16).expand(1, 64, 1, 16), model.cos, model.sin)[0, :, 0] for _ in range(2))
+def test_queries_and_keys_have_unit_rms_and_their_scores_depend_on_distance_only(build):
+    seen = []
+
+    def attend(q, k, v, window):
+        seen.extend((q, k))
+        return q
+
+    model = build(attend=attend, HEAD_DIM=16, MAX_SEQ_LEN=64)
+    model.blocks[1].attn(10 * torch.randn(32).expand(1, 64, 32), None, model.cos, model.sin)  # the same everywhere
+    q, k = (t[0, :, 0] for t in seen)
+    for rms in (q.square().mean(-1).sqrt(), k.square().mean(-1).sqrt()):
+        torch.testing.assert_close(rms, torch.ones(64))
     scores = q @ k.T
     for distance in (-9, 0, 5):
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
     assert scores[0, 1] != scores[0, 2]
+
+
+def test_the_scale_of_the_token_embeddings_does_not_matter(build):
+    model = build()
+    inputs = random_batch()[0]
+    before = model(inputs)
+    for table in (model.wte, model.previous_wte):
+        table.weight.data *= 10
+    torch.testing.assert_close(model(inputs), before, atol=1e-4, rtol=1e-4)
 
 
 def test_loss_and_gradients_in_chunks_and_shares_are_those_of_the_mean_cross_entropy(build):
